@@ -1,0 +1,13 @@
+"""The five operations a transformer step spends its time in, besides plain matrix products.
+
+One file each; the model calls nothing else. Every file holds the readable PyTorch version, which is also what runs on a
+CPU and what any faster version is held against.
+"""
+
+from kernels.attention import attention
+from kernels.linear_ce import linear_ce
+from kernels.norm import add_norm
+from kernels.rope import rope_qkv_, rope_tables
+from kernels.swiglu import swiglu
+
+__all__ = ["add_norm", "attention", "linear_ce", "rope_qkv_", "rope_tables", "swiglu"]

@@ -1,0 +1,81 @@
+"""Draw what a run has logged: loss and held-out bits per byte of every source over tokens, phases marked.
+
+python plot.py out                         # all phases under out/, to out/curves.png; needs matplotlib
+python plot.py out/phase1 --to=p1.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def read_logs(folder):
+    """Records of every log.jsonl in or right under a folder, in order of tokens. Half-written last lines are left out."""
+    records = []
+    for path in sorted([*Path(folder).glob("log.jsonl"), *Path(folder).glob("*/log.jsonl")]):
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return sorted(records, key=lambda r: r["tokens"])
+
+
+def series(records):
+    """-> ({source: [(tokens, training loss)]}, {source: [(tokens, bits per byte, or loss in nats)]}, {phase: first token})."""
+    losses, held_out, phases = {}, {}, {}
+    for r in records:
+        phases.setdefault(r["phase"], r["tokens"])
+        for name, loss in r.get("loss_by_source", {}).items():
+            losses.setdefault(name, []).append((r["tokens"], loss))
+        for name, value in r.get("val", {}).items():
+            held_out.setdefault(name, []).append((r["tokens"], value["bpb"] or value["loss"]))
+    return losses, held_out, phases
+
+
+def draw(records, to):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    losses, held_out, phases = series(records)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    panels = ((losses, "training loss, nats a token", ""), (held_out, "held out, bits a byte", "o"))
+    for axis, (curves, title, marker) in zip(axes, panels, strict=True):
+        for name, points in sorted(curves.items()):
+            x, y = zip(*points, strict=True)
+            axis.plot([tokens / 1e6 for tokens in x], y, marker=marker, markersize=4, label=name)
+        late = [y for points in curves.values() for _, y in points[len(points) // 10 :]]
+        axis.set(title=title, xlabel="tokens seen, millions", ylim=(None, max(late) * 1.05 if late else None))
+        for phase, tokens in phases.items():
+            axis.axvline(tokens / 1e6, color="grey", linewidth=0.8, linestyle=":")
+            axis.annotate(
+                phase, (tokens / 1e6, 0.98), xycoords=("data", "axes fraction"), va="top", color="grey", fontsize=8
+            )
+        axis.grid(alpha=0.2)
+        axis.legend()
+    figure.savefig(to, dpi=120)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="the --out of a run, or one phase in it")
+    parser.add_argument("--to", help="picture to write; default: curves.png in the folder")
+    args = parser.parse_args(argv)
+    records = read_logs(args.folder)
+    if not records:
+        print(f"plot.py: there is no log.jsonl in {args.folder} or right under it", file=sys.stderr)
+        return 2
+    try:
+        draw(records, to := args.to or Path(args.folder) / "curves.png")
+    except ImportError:
+        print("plot.py: needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    print(f"wrote {to}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

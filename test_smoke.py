@@ -1,0 +1,729 @@
+"""Every promise of this repository, checked on a CPU in a few minutes.   pip install pytest && pytest
+
+A test is named after the promise it keeps and compares with something independent: a closed form, float64, another
+implementation, an uninterrupted run.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes on shared cores make OpenMP crawl; before torch
+
+import json
+import math
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import tokenizer
+import train
+from kernels import add_norm, attention, linear_ce, rope_qkv_, rope_tables, swiglu
+from kernels.attention import attention_mask
+from model import GPT, PRESETS, GPTConfig, init_weights, kind, param_groups
+
+ROOT = Path(__file__).parent
+torch.set_num_threads(1)
+
+
+def run(*args, cwd=ROOT, **kwargs):
+    """A command line of the project -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+def reference_attention(q, k, v, mask, scale):
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("mode", ["causal", "prefix", "document"])
+def test_attention_equals_dense_softmax_in_float64_under_every_mask(mode):
+    B, H, T, D = 2, 3, 17, 8
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(B, H, T, D, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    prefix, doc = torch.tensor([5, 0]), (torch.arange(T)[None] // torch.tensor([[6], [4]]))
+    mask = torch.zeros(B, 1, T, T, dtype=torch.bool)
+    for b in range(B):
+        for i in range(T):
+            for j in range(T):
+                seen = j <= i or (mode == "prefix" and i < prefix[b] and j < prefix[b])
+                mask[b, 0, i, j] = seen and (mode != "document" or bool(doc[b, i] == doc[b, j]))
+    assert torch.equal(attention_mask(T, T, mode, prefix, doc).expand_as(mask), mask)
+    expected = reference_attention(q, k, v, mask, 1 / D)
+    grads = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 6e-2)):
+        x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        y = attention(*x, mode=mode, prefix=prefix, doc=doc, scale=1 / D)
+        assert (y.double() - expected).abs().max() < tolerance
+        for got, want in zip(torch.autograd.grad(y.double().square().sum(), x), grads, strict=True):
+            assert (got.double() - want).norm() / want.norm() < tolerance
+
+
+def test_attention_with_a_cache_sees_what_a_full_pass_sees():
+    q, k, v = torch.randn(3, 2, 3, 12, 8, dtype=torch.float64)
+    whole = attention(q, k, v)
+    for new in (1, 5):
+        assert torch.allclose(attention(q[:, :, -new:], k, v), whole[:, :, -new:], atol=1e-12)
+
+
+def test_rotary_is_a_complex_multiplication_and_leaves_the_other_channels_alone():  # M3
+    B, T, H, D, R = 2, 9, 3, 16, 8
+    qkv = torch.randn(B, T, 3, H, D)
+    cos, sin = rope_tables(64, R)
+    out = rope_qkv_(qkv.clone(), cos, sin, interleaved=True)
+    angle = torch.arange(T).double()[:, None] * 10000.0 ** (-torch.arange(0, R, 2).double() / R)
+    turn = torch.polar(torch.ones_like(angle), angle)[None, :, None, None]
+    pairs = torch.view_as_complex(qkv[:, :, :2, :, :R].double().reshape(B, T, 2, H, R // 2, 2).contiguous())
+    expected = torch.view_as_real(pairs * turn).flatten(-2)
+    assert (out[:, :, :2, :, :R] - expected).abs().max() < 1e-6
+    assert torch.equal(out[..., R:], qkv[..., R:]) and torch.equal(out[:, :, 2], qkv[:, :, 2])
+    # half-split is the same rotation after a permutation of the channels
+    order = torch.cat((torch.arange(0, R, 2), torch.arange(1, R, 2), torch.arange(R, D)))
+    half = rope_qkv_(qkv[..., order], cos, sin)
+    assert torch.allclose(half, out[..., order], atol=1e-6)
+    # the product of q and k depends on their distance only
+    later = rope_qkv_(qkv[..., order], cos, sin, pos=torch.arange(T).expand(B, T) + 20)
+    scores, shifted = (torch.einsum("bihd,bjhd->bhij", a[:, :, 0], a[:, :, 1]) for a in (half, later))
+    assert torch.allclose(scores, shifted, atol=1e-4) and not torch.allclose(half, later, atol=0.1)
+
+
+def test_the_gradient_of_the_rotation_is_right():
+    cos, sin = (table.double() for table in rope_tables(5, 4))
+    qkv = torch.randn(1, 5, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    for interleaved in (False, True):
+        out = rope_qkv_(qkv * 1, cos, sin, interleaved)
+        grad = torch.randn_like(out)
+        (got,) = torch.autograd.grad(out, qkv, grad)
+        # a rotation is orthogonal: turning the gradient's gradient forward again gives the gradient
+        assert torch.allclose(rope_qkv_(got.clone(), cos, sin, interleaved), grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_add_norm_equals_its_formula_also_for_rows_far_from_zero_and_constant_rows(rms):
+    x, r = torch.randn(2, 6, 32, dtype=torch.float64)
+    r[0] += 1e4
+    x[1], r[1] = 0, 3.0
+    w, b = torch.randn(2, 32, dtype=torch.float64)
+    s = r + 0.5 * x
+    centred = s if rms else s - s.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + (0 if rms else b)
+    y, kept = add_norm(x, r, w, None if rms else b, rms=rms, alpha=0.5)
+    assert torch.allclose(y, expected, atol=1e-9) and torch.equal(kept, s)
+    y32, _ = add_norm(x[2:].float(), r[2:].float(), w.float(), None if rms else b.float(), rms=rms, alpha=0.5)
+    assert (y32 - expected[2:]).norm() / expected[2:].norm() < 1e-6
+
+
+def test_swiglu_gates_the_half_it_is_told_to():
+    a, b = torch.randn(2, 5, 8, dtype=torch.float64)
+    packed = torch.cat((a, b), dim=-1)
+    assert torch.allclose(swiglu(packed), a / (1 + (-a).exp()) * b)
+    assert torch.allclose(swiglu(packed, gate_first=False), b / (1 + (-b).exp()) * a)
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "z_loss", "ignored", "all ignored", "padded", "large logits", "fixed divisor"]
+)
+def test_linear_ce_equals_cross_entropy_on_full_logits_in_float64(case):  # T6
+    N, V, d = 23, 50, 16
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(N, d, generator=g, dtype=torch.float64)
+    w = torch.randn(V, d, generator=g, dtype=torch.float64)
+    target = torch.randint(0, 40, (N,), generator=g)
+    real, z_coef, divisor, scale = 40 if case == "padded" else V, 1e-2 if case == "z_loss" else 0.0, None, 0.3
+    if case == "ignored":
+        target[::3] = -1
+    if case == "all ignored":
+        target[:] = -1
+    if case == "large logits":
+        scale = 30.0
+    if case == "fixed divisor":
+        target[::3], divisor = -1, 64
+    x.requires_grad_(), w.requires_grad_()
+    logits = (x @ w.T * scale)[:, :real]
+    token = F.cross_entropy(logits, target, ignore_index=-1, reduction="none")
+    lse_sq = (logits.logsumexp(-1).square() * (target >= 0)).sum()
+    expected = (token.sum() + z_coef * lse_sq) / (divisor or max(1, (target >= 0).sum()))
+    gx, gw = torch.autograd.grad(expected * 3, (x, w))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        if case == "large logits" and dtype == torch.bfloat16:
+            continue  # logits of +-300 have no three digits in bf16
+        for chunk_bytes in (4 * V * 7, None):  # chunks of 7 rows, which do not divide 23; one chunk
+            a, b = x.detach().to(dtype).requires_grad_(), w.detach().float().requires_grad_()
+            loss, token_loss, got_lse = linear_ce(
+                a, b, target, scale, z_coef, vocab_real=real, divisor=divisor, max_logit_bytes=chunk_bytes
+            )
+            assert abs(loss.item() - expected.item()) <= tolerance * max(1, abs(expected.item()))
+            assert torch.allclose(token_loss.double(), token, rtol=tolerance, atol=tolerance * 5)
+            assert torch.allclose(got_lse.double(), lse_sq, rtol=tolerance)
+            (loss * 3).backward()
+            for got, want in ((a.grad, gx), (b.grad, gw)):
+                assert torch.isfinite(got).all()
+                assert (got.double() - want).norm() <= tolerance * want.norm()
+            assert not b.grad[real:].any()
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def tiny(dtype=torch.float32, seed=1, **knobs):
+    knobs = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64) | knobs
+    model = GPT(GPTConfig(**knobs), dtype)
+    init_weights(model, seed)
+    return model
+
+
+def test_crystal_7b_has_exactly_the_parameters_of_the_release():  # M1
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**PRESETS["7B"]))
+    assert model.num_params() == 6_575_278_720
+    assert sum(p.numel() for p in model.blocks[0].parameters()) == 201_377_108
+    with torch.device("meta"):
+        assert 4.5e6 < GPT(GPTConfig(**PRESETS["nano"])).num_params() < 5.5e6
+
+
+def test_the_mlp_is_eight_thirds_wide():  # M2
+    assert PRESETS["7B"]["n_inner"] == 8 * 4096 // 3 == 10922
+    assert GPTConfig(n_embd=768, n_head=12).n_inner == 2048 and GPTConfig(n_embd=256).n_inner == 704
+
+
+def reference_forward(model, tokens):
+    """The model written again, plainly and in float64, from the paper's description: logits (B, T, V)."""
+    c, p = model.config, {name: p.double() for name, p in model.named_parameters()}
+    B, T = tokens.shape
+    D, R = c.n_embd // c.n_head, int(c.n_embd // c.n_head * c.rotary)
+
+    def norm(x, name):
+        if c.norm == "rmsnorm":
+            return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"]
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"] + p.get(name + ".bias", 0)
+
+    def linear(x, name):
+        return x @ p[name + ".weight"].T + p.get(name + ".bias", 0)
+
+    def rotate(x):  # (B, H, T, D), half-split
+        angle = torch.arange(T).double()[:, None] * 10000.0 ** (-torch.arange(0, R, 2).double() / R)
+        a, b, rest = x[..., : R // 2], x[..., R // 2 : R], x[..., R:]
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest), -1)
+
+    x = p["wte.weight"][tokens] * (14.6 if c.mup_base else 1)
+    for i in range(c.n_layer):
+        at = f"blocks.{i}."
+        y = norm(x, at + "ln_1")
+        q, k, v = (z.view(B, T, c.n_head, D).transpose(1, 2) for z in linear(y, at + "qkv").chunk(3, -1))
+        scale = 1 / D if c.mup_base else D**-0.5  # M4
+        heads = reference_attention(rotate(q), rotate(k), v, torch.ones(T, T).tril().bool(), scale)
+        attended = linear(heads.transpose(1, 2).reshape(B, T, -1), at + "attn_out")
+        if not c.parallel:
+            x = x + attended
+            y = norm(x, at + "ln_2")
+        gate, up = linear(y, at + "gate_up").chunk(2, -1)
+        x = x + linear(gate / (1 + (-gate).exp()) * up, at + "mlp_out") + (attended if c.parallel else 0)
+    head = p["wte.weight"] if c.tie else p["head.weight"]
+    return norm(x, "ln_f") @ head.T * (2.22 * c.mup_base / c.n_embd if c.mup_base else 1)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"bias": True, "tie": False},
+        {"parallel": True},
+        {"norm": "rmsnorm", "rotary": 1.0},
+        {"mup_base": 0, "rotary": 0.5},
+    ],
+    ids=str,
+)
+def test_the_model_is_the_papers_formulas_in_float64(knobs):  # M4, M5
+    model = tiny(dtype=torch.float64, n_embd=64, **knobs).double()
+    for name, p in model.named_parameters():  # biases that are zero would hide
+        if kind(name) == "other":
+            torch.nn.init.normal_(p, mean=1.0 if name.endswith("weight") else 0.0, std=0.3)
+    tokens = torch.randint(0, 64, (3, 16))
+    expected = reference_forward(model, tokens)
+    assert torch.allclose(model(tokens).double(), expected, atol=1e-5)  # logits are handed out in fp32
+    targets = torch.randint(0, 64, (3, 16))
+    assert abs(model(tokens, targets)[0].item() - F.cross_entropy(expected.flatten(0, 1), targets.flatten())) < 1e-5
+
+
+def test_crystals_multipliers_at_its_own_width():  # M5
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**PRESETS["7B"]))
+    assert (model.embedding_scale, model.logit_scale) == (14.6, 0.13875)
+    assert model.blocks[0].scale == 1 / 128
+
+
+def test_init_has_the_three_truncated_deviations_of_the_release_from_meta_too():  # M6
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**PRESETS["7B"] | {"n_layer": 1, "vocab_size": 512, "n_inner": 512}))
+    model.config.n_layer = 32  # the depth that scales the output matrices; one layer of it is enough to look at
+    model = model.to_empty(device="cpu")
+    init_weights(model, 1)
+    for name, std in (("wte", 0.073), ("blocks.0.qkv", 0.01825), ("blocks.0.gate_up", 0.01825),
+                      ("blocks.0.attn_out", 0.00228125), ("blocks.0.mlp_out", 0.00228125)):  # fmt: skip
+        w = model.get_parameter(name + ".weight")
+        assert w.abs().max() <= 2 * std and abs(w.std() / std - 0.8796) < 0.003, name
+    assert not model.blocks[0].qkv.bias.any() and (model.ln_f.weight == 1).all()
+    assert torch.equal(model.cos, rope_tables(2048, 32)[0])
+
+
+def test_weights_depend_on_seed_and_name_only():
+    a, b, c = tiny(seed=1), tiny(seed=1, n_layer=3), tiny(seed=2)
+    assert torch.equal(a.wte.weight, b.wte.weight) and not torch.equal(a.wte.weight, c.wte.weight)
+    assert torch.equal(a.blocks[1].qkv.weight, b.blocks[1].qkv.weight)
+    assert not torch.equal(a.blocks[0].qkv.weight, a.blocks[1].qkv.weight)
+
+
+def test_every_parameter_is_in_one_optimizer_group_with_crystals_rates():  # M7
+    for tie in (True, False):
+        model = tiny(n_embd=512, n_head=8, bias=True, tie=tie)
+        groups = param_groups(model, 0.1)
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+        for name, p in model.named_parameters():
+            (group,) = (g for g in groups if any(p is q for q in g["params"]))
+            matrix, embedding = p.ndim == 2, name in ("wte.weight", "head.weight")
+            assert group["lr_scale"] == (0.5 if matrix and not embedding else 1.0), name
+            assert group["weight_decay"] == (0.1 if matrix else 0.0), name
+    assert [len(g["params"]) for g in groups] == [8, 2, 18]
+    assert all(g["lr_scale"] == 1 for g in param_groups(tiny(n_embd=256, n_head=4), 0.1))
+
+
+def activation_size(width, mup_base, steps=8):
+    """Mean |output of the last block| after some Adam steps at one learning rate, on data that can be learnt."""
+    model = tiny(n_embd=width, n_head=width // 32, block_size=32, mup_base=mup_base)
+    optimizer = torch.optim.AdamW(param_groups(model, 0.0), lr=5e-3)
+    for group in optimizer.param_groups:
+        group["lr"] = 5e-3 * group["lr_scale"]
+    g = torch.Generator().manual_seed(0)
+    seen = []
+    hook = model.ln_f.register_forward_pre_hook(lambda m, args: seen.append((args[0] + args[1]).abs().mean().item()))
+    for _ in range(steps):
+        tokens = torch.randint(0, 64, (8, 1), generator=g) + torch.arange(33)
+        model(tokens[:, :-1] % 64, tokens[:, 1:] % 64)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    hook.remove()
+    return seen[-1]
+
+
+def test_activations_keep_their_size_over_widths_under_mup_and_grow_without():  # M8
+    widths = (128, 256, 512, 1024)
+    mup = [activation_size(w, 128) for w in widths]
+    plain = [activation_size(w, 0) for w in widths]
+    assert max(mup) / min(mup) < 1.35, mup
+    assert plain[-1] / plain[0] > 2, plain
+
+
+def test_padding_of_the_vocabulary_is_never_predicted():
+    model = tiny(vocab_size=64, vocab_real=50)
+    tokens = torch.randint(0, 50, (2, 16))
+    assert model(tokens).shape[-1] == 50
+    model(tokens, tokens)[0].backward()
+    assert not model.wte.weight.grad[50:].any()
+
+
+def test_generation_with_a_cache_takes_the_same_words_as_without():
+    model = tiny(block_size=32)
+    prompt = torch.randint(0, 64, (1, 5))
+    with_cache = list(model.generate(prompt, 20, temperature=0))
+    tokens = prompt
+    for _ in range(20):
+        tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), 1)
+    assert with_cache == tokens[0, 5:].tolist()
+    assert len(list(model.generate(prompt, 100, temperature=0))) == 100  # longer than the context
+    stop = with_cache[3]
+    assert list(model.generate(prompt, 20, temperature=0, stop=stop)) == with_cache[: with_cache.index(stop)]
+    likeliest = list(model.generate(prompt, 20, top_p=1e-6, generator=torch.Generator().manual_seed(1)))
+    assert likeliest == with_cache
+
+
+def test_the_model_compiles_in_one_graph_to_the_same_loss_and_gradients():
+    model, tokens = tiny(), torch.randint(0, 64, (2, 17))
+    loss = model(tokens[:, :-1], tokens[:, 1:])[0]
+    loss.backward()
+    expected, model.wte.weight.grad = model.wte.weight.grad, None
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    again = compiled(tokens[:, :-1], tokens[:, 1:])[0]
+    again.backward()
+    assert torch.allclose(loss, again) and torch.allclose(model.wte.weight.grad, expected, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- learning rates, plans
+
+
+CRYSTAL = [f"config/crystal7b/phase{i}.py" for i in (1, 2, 3)]
+
+
+def test_the_seven_named_learning_rates_of_crystal():  # T2
+    (_, p1), (_, p2), (_, p3) = train.read_command_line(CRYSTAL)[0]
+    for cfg, steps, points in (
+        (p1, 79_721, {43: 0.006, 86: 0.012, 79_721: 0.0087869}),
+        (p2, 214_387, {86: 0.0087825, 214_387: 0.00013679}),
+        (p3, 27_728, {276: 0.002, 27_728: 0.0002}),
+    ):
+        assert round(cfg.share * cfg.budget / cfg.batch) == steps
+        for step, lr in points.items():
+            assert train.lr_at(step, steps, cfg) == pytest.approx(lr, rel=1e-5)
+    # phase 2 goes on along phase 1's line: their slopes agree to 0.02%
+    slope1 = (p1.lr - p1.lr_end) / (79_721 - 86)
+    slope2 = (p2.lr - p2.lr_end) / (214_387 - 86)
+    assert slope1 == pytest.approx(slope2, rel=2e-4)
+    cosine = train.Config(lr=1.0, lr_end=0.1, decay="cosine", warmup=10)
+    assert train.lr_at(55, 100, cosine) == pytest.approx(0.55) and train.lr_at(100, 100, cosine) == pytest.approx(0.1)
+
+
+def test_the_laptop_phases_keep_crystals_proportions():  # T3
+    (_, p1), (_, p2), (_, p3) = train.read_command_line([f"config/phase{i}.py" for i in (1, 2, 3)])[0]
+    assert [p.share for p in (p1, p2, p3)] == [0.2477, 0.6661, 0.0862]
+    peak = p1.lr
+    assert p1.lr_end == p2.lr == pytest.approx(0.7319 * peak) and p2.lr_end == pytest.approx(0.0114 * peak)
+    assert (p3.lr, p3.lr_end) == (pytest.approx(peak / 6), pytest.approx(peak / 60))
+    assert [p.mix["code"] for p in (p1, p2, p3)] == [0.05, 0.63, 0.83]
+
+
+def test_the_full_scale_plan_prints_crystals_tokens_and_epochs_without_the_data():  # X1
+    done = run("train.py", *CRYSTAL, "--plan", check=True).stdout
+    assert [line.split()[1] for line in done.splitlines() if line.startswith("phase")] == ["344.8B", "927.3B", "119.9B"]
+    epochs = {}
+    for line in done.splitlines():
+        if "epochs" in line and "->" in line:
+            epochs.setdefault(line.split()[0], []).append(line.split()[-1])
+    assert epochs["starcoderdata"] == ["2.00", "2.01"] and epochs["starcoder_python"] == ["3.00"]
+    assert epochs["slimpajama_c4"] == ["0.50", "1.00", "1.01"]
+
+
+def test_a_config_file_may_compute_and_build_on_another_and_the_command_line_wins(tmp_path):
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "a.py").write_text("import math\nlr_end = lr / 60\n_half = 0.5\nshare = _half\nmix = {'x': 1}\n")
+    (config / "b.py").write_text("from config.a import *\nlr_end = 2 * lr_end\nbudget = '2.5B'\n")
+    code = "import train; print(train.read_command_line(['config/b.py', '--lr=0.6', '--batch=512K'])[0][0][1])"
+    out = run("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True).stdout
+    for part in ("lr=0.6,", "lr_end=0.02,", "share=0.5,", "budget=2500000000,", "batch=512000,", "mix={'x': 1}"):
+        assert part in out
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prepared sources `text` and `code`, 512 ids, from this Python's help topics and library."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in ("text", "code"):
+        (folder / name).mkdir()
+    for name, topic in topics.items():
+        (folder / "text" / f"{name}.txt").write_text(topic)
+    for path in sorted(Path(json.__file__).parent.parent.glob("[a-d]*.py")):
+        shutil.copy(path, folder / "code")
+    sources = [f"{name}={folder / name}" for name in ("text", "code")]
+    run("prepare.py", *sources, f"--out={folder / 'data'}", "--vocab_size=512", "--val=0.05", check=True)
+    return folder / "data"
+
+
+PHASES = ("a", "b", "c")
+
+
+@pytest.fixture
+def phases(tmp_path, data):
+    """A folder with three tiny phases, a.py b.py c.py, and the command line that trains them into `out` there."""
+    common = (
+        "n_layer, n_head, n_embd, block_size = 1, 2, 64, 32\nbudget = 60 * 512\nbatch = 512\nlr, warmup = 1e-2, 3\n"
+        "dtype, device = 'float32', 'cpu'\nlog_every, eval_every, save_every = 1, 8, 5\neval_tokens = 2048\n"
+    )
+    for i, name in enumerate(PHASES):
+        mix = {"text": 0.9 - 0.4 * i, "code": 0.1 + 0.4 * i}
+        extra = "carry_optimizer = True\n" if name == "c" else ""
+        (tmp_path / f"{name}.py").write_text(
+            f"{common}{extra}mix = {mix}\nshare = {[0.3, 0.5, 0.2][i]}\nlr_end = 1e-3\n"
+        )
+
+    def command(*names, out="out", **knobs):
+        files = [str(tmp_path / f"{name}.py") for name in names or PHASES]
+        return [*files, f"--data={data}", f"--out={tmp_path / out}", *(f"--{k}={v}" for k, v in knobs.items())]
+
+    return command
+
+
+def losses(folder, names=PHASES):
+    """Every training and evaluation record of a run, in file order, without what depends on the clock."""
+    records = []
+    for name in names:
+        for line in (folder / name / "log.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if "event" not in record:
+                records.append({k: v for k, v in record.items() if k not in ("tok_per_s", "mfu")})
+    return records
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    return {}
+
+
+@pytest.fixture
+def straight(phases, tmp_path, uninterrupted):
+    """The records of a run of all three phases that nothing interrupted."""
+    if not uninterrupted:
+        assert train.main(phases(out="straight")) == 0
+        uninterrupted["records"] = losses(tmp_path / "straight")
+    return uninterrupted["records"]
+
+
+def test_three_phases_train_and_every_source_gets_better(straight):
+    steps = [(r["phase"], r["step"]) for r in straight if "loss" in r]
+    assert steps == [(p, s) for p, n in zip(PHASES, (18, 30, 12), strict=True) for s in range(1, n + 1)]
+    assert [r["tokens"] for r in straight if "loss" in r] == [512 * n for n in range(1, 61)]
+    first, last = ([r["val"] for r in straight if "val" in r][i] for i in (0, -1))
+    for name in ("text", "code"):
+        assert last[name]["bpb"] < 0.7 * first[name]["bpb"]
+        assert last[name]["loss"] < first[name]["loss"]
+
+
+def test_phases_one_after_the_other_are_the_phases_in_one_run(phases, tmp_path, straight):  # T4
+    assert train.main(phases("a")) == 0
+    for before, name in (("a", "b"), ("b", "c")):
+        assert train.main(phases(name, init_from=tmp_path / "out" / before)) == 0
+    assert losses(tmp_path / "out") == straight
+
+
+def test_killed_at_random_moments_the_run_is_the_uninterrupted_one_bit_for_bit(phases, tmp_path, straight):
+    import random
+
+    dice, deaths = random.Random(7), 0
+    for _ in range(30):
+        process = subprocess.Popen([sys.executable, "train.py", *phases()], cwd=ROOT, stdout=subprocess.DEVNULL)
+        seen = sum(1 for _ in (tmp_path / "out").glob("*/checkpoints/step-*[0-9]"))
+        patience, wait = time.time() + 60, dice.choice([0.0, 0.0, 0.05, 0.2, 0.4])
+        while process.poll() is None and time.time() < patience:  # until it has got somewhere new, and a little longer
+            if deaths < 5 and sum(1 for _ in (tmp_path / "out").glob("*/checkpoints/step-*")) > seen:
+                time.sleep(wait)
+                process.kill()
+            time.sleep(0.005)
+        deaths += process.wait() == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0 and deaths >= 4
+    assert losses(tmp_path / "out") == straight
+
+
+def test_sigterm_finishes_the_step_saves_and_the_same_command_continues(phases, tmp_path, straight):
+    process = subprocess.Popen([sys.executable, "train.py", *phases()], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("b ") and "loss" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=30) == 0 and "the same command continues" in rest
+    assert train.main(phases()) == 0
+    assert losses(tmp_path / "out") == straight
+
+
+def test_a_finished_run_says_so_and_fresh_moves_it_aside(phases, tmp_path, capsys):
+    short = phases("a", budget=6 * 512, share=1.0)
+    assert train.main(short) == 0
+    records = losses(tmp_path / "out", ["a"])
+    assert train.main(short) == 0
+    assert "finished" in capsys.readouterr().out and losses(tmp_path / "out", ["a"]) == records
+    assert train.main([*short, "--fresh"]) == 0
+    assert losses(tmp_path / "out", ["a"]) == records == losses(tmp_path / "out", ["a.old-1"])
+    longer = phases("a", budget=9 * 512, share=1.0)
+    assert train.main(longer) == 0
+    assert [r["step"] for r in losses(tmp_path / "out", ["a"]) if "loss" in r] == list(range(1, 10))
+
+
+def test_micro_batches_are_slices_of_the_same_samples_in_the_same_steps(phases, data):
+    named, _ = train.read_command_line(phases("a"))
+    sources = train.open_sources(named[0][1], ["text", "code"])
+    rows = {}
+    for micro in (1, 2, 4, 8, 16):
+        phase = train.build_phases([("a", train.dataclasses.replace(named[0][1], micro_batch=micro))], sources, {}, 0)[
+            0
+        ]
+        feeder = train.Feeder(phase, 32, "cpu")
+        taken = [feeder() for _ in range(64 // micro)]  # from step 2 to the end of step 5
+        rows[micro] = [torch.cat(parts) for parts in zip(*taken, strict=True)]
+        feeder.thread.shutdown()
+    for micro in (1, 2, 4, 8):
+        assert all(torch.equal(a, b) for a, b in zip(rows[micro], rows[16], strict=True))
+    expected, source = phase.mix.batch(32, 96)
+    assert np.array_equal(rows[16][1].numpy(), expected[:, 1:]) and np.array_equal(rows[16][2].numpy(), source)
+
+
+def test_accumulation_gives_the_loss_of_the_whole_batch(phases, tmp_path, straight):
+    assert train.main(phases("a", micro_batch=2)) == 0
+    got = [r["loss"] for r in losses(tmp_path / "out", ["a"]) if "loss" in r]
+    want = [r["loss"] for r in straight if "loss" in r and r["phase"] == "a"]
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_losses_by_source_are_the_means_over_their_rows():
+    token_loss, source = torch.rand(6, 5, dtype=torch.float32), torch.tensor([0, 2, 0, 2, 2, 0])
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    train.add_losses(sums, token_loss[:3], source[:3])
+    train.add_losses(sums, token_loss[3:], source[3:])
+    for s in (0, 2):
+        assert sums[0, s] / sums[1, s] == pytest.approx(token_loss[source == s].double().mean().item())
+    assert sums[:, 1].tolist() == [0, 0]
+
+
+def test_bits_per_byte_count_the_bytes_that_the_targets_spell(phases, data, tmp_path):
+    assert train.main(phases("a", budget=3 * 512, share=1.0)) == 0
+    from sample import load_model
+
+    model, encoding, _ = load_model(tmp_path / "out" / "a")
+    logged = [r["val"] for r in losses(tmp_path / "out", ["a"]) if "val" in r][-1]
+    for name in ("text", "code"):
+        tokens = np.fromfile(next((data / name).glob("val-*.bin")), "<u2").astype(np.int64)[: 2048 + 1]
+        n = (len(tokens) - 1) // 32 * 32
+        x, y = torch.from_numpy(tokens[:n]).view(-1, 32), torch.from_numpy(tokens[1 : n + 1]).view(-1, 32)
+        with torch.no_grad():
+            nats = -model(x).double().log_softmax(-1).gather(-1, y[..., None]).sum().item()
+        words = [t for t in y.flatten().tolist() if t != tokenizer.eot(encoding)]
+        n_bytes = sum(len(encoding.decode_single_token_bytes(t)) for t in words)
+        assert logged[name]["tokens"] == n
+        assert logged[name]["bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- when things break
+
+
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_good(phases, tmp_path, straight):
+    def small_files():  # a checkpoint's model.pt does not fit, a log line does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    assert train.main(phases("a", budget=60 * 512, share=0.1)) == 0  # steps 1 to 6: a checkpoint exists
+    before = sorted(p.name for p in (tmp_path / "out/a/checkpoints").iterdir())
+    failed = run("train.py", *phases(), preexec_fn=small_files)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "free some space" in failed.stderr
+    assert sorted(p.name for p in (tmp_path / "out/a/checkpoints").iterdir()) == before
+    assert train.main(phases()) == 0
+    assert [(r["phase"], r["step"]) for r in losses(tmp_path / "out") if "loss" in r] == [
+        (r["phase"], r["step"]) for r in straight if "loss" in r
+    ]
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "truncated", "missing", "no marker"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, phases, tmp_path, capsys, straight):
+    assert train.main(phases()) == 0
+    newest = sorted((tmp_path / "out/c/checkpoints").iterdir())[-1]
+    path = newest / "model.pt"
+    if how == "a flipped bit":
+        blob = bytearray(path.read_bytes())
+        blob[len(blob) // 2] ^= 4
+        path.write_bytes(blob)
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "missing":
+        path.unlink()
+    else:
+        (newest / "complete.json").unlink()
+    assert train.main(phases()) == 0
+    assert how == "no marker" or str(newest) in capsys.readouterr().err
+    assert losses(tmp_path / "out") == straight
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    folder = checkpoint.save(tmp_path, 1, {"model": {"x": Hostile()}}, {}, keep=1)
+    with pytest.raises(Exception, match="(?i)weights"):
+        checkpoint.load_tensors(folder, "model")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_keep_keeps_the_newest_checkpoints_and_every_phase_its_end(phases, tmp_path):
+    assert train.main(phases(keep=2)) == 0
+    kept = {name: sorted(p.name[-2:] for p in (tmp_path / f"out/{name}/checkpoints").iterdir()) for name in PHASES}
+    assert kept == {"a": ["15", "18"], "b": ["25", "30"], "c": ["10", "12"]}
+
+
+MISTAKES = {
+    "an unknown knob, with the nearest": (["--leraning_rate=1", "--epochs_mx=2"], "leraning_rate"),
+    "a near miss": (["--epochs_mx=2"], "did you mean 'epochs_max'"),
+    "a wrong type": (["--lr=fast"], "lr = 'fast' is not of type float"),
+    "no such choice": (["--decay=exponential"], "linear, cosine, constant"),
+    "a config that does not exist": (["nowhere.py"], "there is no config file nowhere.py"),
+    "more epochs than allowed": (["--epochs_max=0.01"], "epochs_max"),
+    "a batch that does not divide": (["--batch=500"], "batch = 500 tokens is not a multiple of block_size = 32"),
+    "a micro-batch that does not divide": (["--micro_batch=7"], "micro_batch = 7"),
+    "heads that do not divide": (["--n_head=3"], "n_embd = 64 is not a multiple of n_head = 3"),
+    "a source that is not there": (["--mix={'text': 1, 'poems': 1}"], "poems"),
+    "a vocabulary too small for the data": (["--vocab_size=256"], "512"),
+    "weights from nowhere": (["--init_from=nowhere"], "no checkpoint under nowhere"),
+    "several processes": (["--seed=1"], "several processes"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_exit_code_2_and_writes_nothing(mistake, phases, tmp_path, capsys, monkeypatch):
+    arguments, words = MISTAKES[mistake]
+    if mistake == "several processes":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main([*phases("a"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err and not (tmp_path / "out").exists()
+
+
+def test_broken_or_foreign_data_are_refused_and_named(phases, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    assert train.main(phases("a", budget=6 * 512, share=1.0)) == 0
+    capsys.readouterr()
+
+    def refused(*knobs, words):
+        assert train.main([*phases("a", budget=9 * 512, share=1.0), *knobs]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err, err
+        assert len(losses(tmp_path / "out", ["a"])) == 8  # six steps and two evaluations: nothing lost, nothing new
+
+    shard = next((other / "code").glob("train-*.bin"))
+    blob = shard.read_bytes()
+    shard.write_bytes(blob[:-10])
+    refused(f"--data={other}", words=shard.name)
+    shard.write_bytes(blob)
+    meta = json.loads((other / "code" / "meta.json").read_text())
+    meta["train"]["shards"][0]["sha256"] = "0" * 64
+    (other / "code" / "meta.json").write_text(json.dumps(meta))
+    refused(f"--data={other}", words="code")  # other data than the checkpoint's
+    meta["tokenizer"]["sha256"] = "0" * 64
+    (other / "code" / "meta.json").write_text(json.dumps(meta))
+    refused(f"--data={other}", words="one tokenizer")
+    refused("--block_size=16", words="block_size")  # a checkpoint of another model
+    refused("--n_embd=128", words="n_embd")
+    refused("--seed=2", words="seed")
+    refused("--block_size=65536", "--batch=65536", "--out=" + str(tmp_path / "new"), words="window")
+    assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------------ looking at the result
+
+
+def test_sample_and_plot_work_on_what_training_left(phases, tmp_path):
+    assert train.main(phases("a")) == 0
+    out = run("sample.py", tmp_path / "out" / "a", "--prompt", "def f(x):", "--tokens", 20, "--n", 2, check=True).stdout
+    assert out.count("def f(x):") == 2
+    again = run(
+        "sample.py", tmp_path / "out" / "a", "--prompt", "def f(x):", "--tokens", 20, "--n", 2, check=True
+    ).stdout
+    assert out == again
+    wrong = run("sample.py", tmp_path / "out")
+    assert wrong.returncode == 2 and str(tmp_path / "out" / "a") in wrong.stderr
+    pytest.importorskip("matplotlib")
+    run("plot.py", tmp_path / "out", check=True)
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000

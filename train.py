@@ -1,0 +1,843 @@
+"""Train a GPT through phases of mixed sources.
+
+    python train.py config/phase1.py                                        # one phase; prepares a corpus if data/ is empty
+    python train.py config/phase1.py config/phase2.py config/phase3.py      # one run through three phases
+    python train.py config/phase2.py --init_from=out/phase1                 # or one after the other, to the same weights
+    python train.py config/phase1.py --size=124M --budget=2.5B --batch=512K # any knob below, for every phase; K, M, B
+    python train.py config/crystal7b/phase*.py --plan                       # show what would be trained, and stop
+
+The same command again continues where it stopped, after any kind of death. --fresh starts over (what is there is moved aside,
+not deleted). Ctrl-C or SIGTERM finishes the step, saves and exits 0. Exit codes: 0 done, 2 your mistake, 1 ours.
+
+A config file is one phase: plain Python, run in a namespace that holds every default below. A value on the command line
+beats the file's, before the file computes with it. Names that begin with _ are the file's own.
+"""
+
+import ast
+import builtins
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import tokenizer
+from checkpoint import CheckpointError
+from mix import Mix, MixError, Source, check_identity
+from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
+from tokenizer import TokenizerError
+
+
+class ConfigError(ValueError):
+    """A knob, file or command line that cannot be meant; the message names it and says what to type instead."""
+
+
+# ------------------------------------------------------------------------------------------------------------- knobs
+
+
+@dataclass
+class Config:
+    # where
+    out: str = "out"  # a folder a phase goes under it, named after the config file
+    data: str = "data"  # a folder a source, written by prepare.py
+    init_from: str = ""  # checkpoint, or out/<phase>, whose weights and data positions the first phase starts from
+    seed: int = 1
+    # model; `size` names a preset of model.py, which sets what you leave alone
+    size: str = "nano"
+    n_layer: int = 0
+    n_head: int = 0
+    n_embd: int = 0
+    n_inner: int = 0  # width of the MLP; 0: 8/3 n_embd, up to a multiple of 64
+    block_size: int = 0  # context, in tokens
+    vocab_size: int = 0  # rows of the embedding; 0: the ids of the data's tokenizer, up to a multiple of 128
+    norm: str = "layernorm"  # or rmsnorm
+    bias: bool = False
+    tie: bool = True
+    rotary: float = 0.25  # share of each head's channels
+    parallel: bool = False
+    mup_base: int = 256  # width whose learning rate is meant by lr; 0: no muP
+    # data
+    mix: dict = field(default_factory=lambda: {"text": 0.5, "code": 0.5})  # source -> weight
+    epochs_max: float = 0.0  # refuse a plan that repeats a source more often, over all phases; 0: no limit
+    source_tokens: dict = field(default_factory=dict)  # source -> tokens: lets --plan count epochs without the data
+    # length
+    budget: int = 10_000_000  # tokens of the whole run
+    share: float = 1.0  # this phase's part of it
+    batch: int = 8192  # tokens a step
+    micro_batch: int = 0  # rows at a time; 0: the most that divide the batch and stay within 16,384 tokens
+    # optimiser
+    lr: float = 0.01  # peak; hidden matrices get lr * mup_base / n_embd
+    lr_end: float = 0.0  # at the phase's last step
+    decay: str = "linear"  # from lr to lr_end: linear, cosine or constant
+    warmup: float = 0.03  # from 0 to lr: steps, or a share of the phase if below 1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-9
+    weight_decay: float = 0.1  # not on norms and biases
+    clip: float = 1.0  # of the global gradient norm; 0: none
+    z_loss: float = 0.0
+    carry_optimizer: bool = False  # keep Adam's moments from the phase before
+    # watching
+    eval_every: int = 0  # steps; 0: before and after the phase
+    eval_tokens: int = 65_536  # of each source's held-out part, always the same ones
+    save_every: int = 500  # steps
+    keep: int = 2  # checkpoints in a phase's folder
+    log_every: int = 10  # steps
+    wandb: str = ""  # project name; needs the wandb package
+    # machine
+    device: str = "auto"  # cuda, mps, cpu
+    dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware has it, else float32
+    compile: str = "auto"  # yes, no; auto: on CUDA
+
+
+KNOBS = {f.name: f.type for f in dataclasses.fields(Config)}
+MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in KNOBS]
+RUN_KNOBS = [*MODEL_KNOBS, "out", "data", "seed", "budget", "device", "dtype", "compile"]  # one value for all phases
+FLAGS = ("plan", "fresh", "help")
+CHOICES = {"decay": ("linear", "cosine", "constant"), "size": tuple(PRESETS), "compile": ("auto", "yes", "no"),
+           "device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32")}  # fmt: skip
+
+
+def coerce(name, value):
+    """A knob's value as its type: "2.5B" -> 2500000000 for an int, "{'text': 1}" -> dict. Raises ConfigError."""
+    kind, given = KNOBS[name], value
+    try:
+        if isinstance(value, str) and kind in (int, float):
+            scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(value[-1:].upper())
+            value = float(value[:-1]) * scale if scale else float(value)
+        elif isinstance(value, str) and kind in (bool, dict):
+            value = ast.literal_eval(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+    except (ValueError, SyntaxError):
+        pass
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ConfigError(f"{name} = {given!r} is not of type {kind.__name__}")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ConfigError(f"{name} = {value!r} is none of {', '.join(CHOICES[name])}")
+    if kind in (int, float) and value < 0 and name != "seed":
+        raise ConfigError(f"{name} = {value} is below 0")
+    return value
+
+
+def unknown(name):
+    near = difflib.get_close_matches(name, [*KNOBS, *FLAGS], 1)
+    return ConfigError(f"there is no knob {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+class ConfigFile(dict):
+    """Globals of a running config file. Knobs in `fixed` keep their value whatever the file assigns to them."""
+
+    def __init__(self, fixed):
+        super().__init__(dataclasses.asdict(Config()) | fixed)
+        self.fixed, self.assigned = fixed, set(fixed)
+
+    def __setitem__(self, name, value):
+        self.assigned.add(name)
+        if name not in self.fixed:
+            super().__setitem__(name, value)
+
+    def run(self, path):
+        if not Path(path).is_file():
+            raise ConfigError(f"there is no config file {path}")
+        self["__builtins__"] = vars(builtins) | {"__import__": self.import_}
+        try:
+            exec(builtins.compile(Path(path).read_text(), path, "exec"), self)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+        return self
+
+    def import_(self, name, globals=None, locals=None, fromlist=(), level=0):
+        """`from config.phase1 import *` runs that file as this one is run: same defaults, same fixed knobs."""
+        path = Path(*name.split(".")).with_suffix(".py")
+        if not (fromlist and path.parts[0] == "config" and path.is_file()):
+            return builtins.__import__(name, globals, locals, fromlist, level)
+        other = ConfigFile(self.fixed).run(str(path))
+        return SimpleNamespace(**{name: other[name] for name in other.assigned if not name.startswith("__")})
+
+
+def read_config(path, fixed):
+    """A config file and the command line's knobs -> Config, with the preset's values where neither spoke."""
+    file = ConfigFile(fixed).run(path)
+    for name in file.assigned - set(KNOBS):
+        if not (name.startswith("_") or isinstance(file[name], ModuleType) or callable(file[name])):
+            raise ConfigError(f"{path}: {unknown(name)}")
+    try:
+        knobs = {name: coerce(name, file[name]) for name in KNOBS}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return Config(**knobs | {k: v for k, v in PRESETS[knobs["size"]].items() if k not in file.assigned})
+
+
+def read_command_line(argv):
+    """["config/phase1.py", "--lr=0.01", "--plan"] -> ([(phase name, Config), ...], {"plan"})."""
+    paths = [a for a in argv if not a.startswith("-")]
+    flags = {a.lstrip("-") for a in argv if a.startswith("-") and a.lstrip("-") in FLAGS}
+    fixed = {}
+    for argument in argv:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name not in flags:
+            if name not in KNOBS:
+                raise unknown(name)
+            if not equals:
+                raise ConfigError(f"{argument} needs a value: --{name}=...")
+            fixed[name] = coerce(name, value)
+    if not paths and "help" not in flags:
+        raise ConfigError("which phase? python train.py config/phase1.py [config/phase2.py ...] [--knob=value ...]")
+    phases = [(Path(path).stem, read_config(path, fixed)) for path in paths]
+    names = [name for name, _ in phases]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two phases of one name would share a folder: {', '.join(names)}")
+    for name, cfg in phases[1:]:
+        for knob in RUN_KNOBS:
+            if getattr(cfg, knob) != (first := getattr(phases[0][1], knob)):
+                raise ConfigError(
+                    f"{knob} = {getattr(cfg, knob)!r} in {name} but {first!r} in {names[0]}; it must agree"
+                )
+    return phases, flags
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def lr_at(step, steps, cfg):
+    """Learning rate of update `step` (1 .. steps) of a phase: linear from 0 over the warmup, then cfg.decay to lr_end."""
+    warmup = cfg.warmup * steps if cfg.warmup < 1 else cfg.warmup
+    if step < warmup:
+        return cfg.lr * step / warmup
+    if cfg.decay == "constant" or steps <= warmup:
+        return cfg.lr
+    progress = (step - warmup) / (steps - warmup)
+    if cfg.decay == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return cfg.lr + (cfg.lr_end - cfg.lr) * progress
+
+
+def phase_steps(name, cfg):
+    """Optimizer steps of a phase, and rows a step and a micro-step; ConfigError with all the numbers if they do not fit."""
+    steps, rows = round(cfg.share * cfg.budget / cfg.batch) if cfg.batch else 0, cfg.batch // cfg.block_size
+    if not rows or cfg.batch % cfg.block_size:
+        raise ConfigError(f"{name}: batch = {cfg.batch:,} tokens is not a multiple of block_size = {cfg.block_size:,}")
+    if not steps:
+        raise ConfigError(
+            f"{name}: share {cfg.share} of budget {cfg.budget:,} is less than one batch of {cfg.batch:,} tokens"
+        )
+    most = cfg.micro_batch or max(1, 16_384 // cfg.block_size)
+    micro = max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+    if cfg.micro_batch and micro != cfg.micro_batch:
+        raise ConfigError(
+            f"{name}: batch = {cfg.batch:,} tokens = {rows} rows of {cfg.block_size:,} are not a multiple of"
+            f" micro_batch = {cfg.micro_batch} rows; {micro} would be"
+        )
+    return steps, rows, micro
+
+
+@dataclass
+class Phase:
+    name: str
+    cfg: Config
+    steps: int
+    rows: int  # a step
+    micro: int  # rows a micro-step
+    mix: Mix
+    first_token: int  # tokens trained before the phase, in this run and those it was initialised from
+
+    @property
+    def folder(self):
+        return Path(self.cfg.out) / self.name
+
+
+def build_phases(named, windows, start, tokens):
+    """Configs -> Phases, each with its mix beginning where the one before leaves every source.
+
+    windows: name -> Source, or its number of windows. start: windows of each source already drawn. tokens: trained so far.
+    """
+    phases = []
+    for name, cfg in named:
+        steps, rows, micro = phase_steps(name, cfg)
+        try:
+            mix = Mix(windows, cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max)
+        except MixError as error:
+            raise MixError(f"{name}: {error}") from None
+        phases.append(Phase(name, cfg, steps, rows, micro, mix, tokens))
+        start, tokens = mix.drawn(mix.samples), tokens + steps * cfg.batch
+    return phases
+
+
+def model_config(cfg, vocab_real):
+    knobs = {name: getattr(cfg, name) for name in MODEL_KNOBS}
+    knobs["vocab_size"] = cfg.vocab_size or -(-vocab_real // 128) * 128
+    if knobs["vocab_size"] < vocab_real:
+        raise ConfigError(f"vocab_size = {cfg.vocab_size:,} is less than the {vocab_real:,} ids of the data's tokenizer;"
+                          " leave vocab_size out, or prepare the data with --vocab_size")  # fmt: skip
+    try:
+        return GPTConfig(**knobs, vocab_real=vocab_real)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def si(n):
+    """1234567 -> 1.23M"""
+    for unit, scale in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.4g}{unit}"
+    return f"{n:.4g}"
+
+
+def clock(seconds):
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 5400
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 100
+        else f"{seconds:.0f} s"
+    )
+
+
+def print_plan(phases, model, machine):
+    c, cfg = model.config, phases[0].cfg
+    print(machine)
+    print(f"model    {cfg.size}: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads of {c.head_dim}, context {c.block_size:,},"
+          f" {c.vocab_real:,} ids; {model.num_params():,} parameters,"
+          f" {si(model.flops_per_token())}FLOP a token (6 N + 12 L d T)")  # fmt: skip
+    total = sum(phase.steps * phase.cfg.batch for phase in phases)
+    print(
+        f"run      {si(total)} tokens, {si(model.flops_per_token() * total)}FLOP; seed {cfg.seed}; output in {cfg.out}/"
+    )
+    for phase in phases:
+        print_phase(phase)
+
+
+def print_phase(phase):
+    cfg, tokens = phase.cfg, phase.steps * phase.cfg.batch
+    warmup = round(cfg.warmup * phase.steps if cfg.warmup < 1 else cfg.warmup)
+    lr_end = cfg.lr if cfg.decay == "constant" else cfg.lr_end
+    print(f"{phase.name:<8} {si(tokens)} tokens = {phase.steps:,} steps of {si(cfg.batch)} ({phase.rows // phase.micro} x"
+          f" {phase.micro} rows); lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}, warmup {warmup:,} steps")  # fmt: skip
+    first, last = phase.mix.drawn(0), phase.mix.drawn(phase.mix.samples)
+    for name, quota in sorted(phase.mix.quota.items(), key=lambda item: -item[1]):
+        drawn, windows = (last[name] - first[name]) * cfg.block_size, phase.mix.windows[name]
+        print(f"         {name:<24} {quota / phase.mix.period:8.3%} {si(drawn):>8} tokens   epochs"
+              f" {first[name] / windows:.2f} -> {last[name] / windows:.2f}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the machine
+
+# Dense bf16 matmul peak, FLOP/s, from the vendors' data sheets; a CPU's, and that of a card not named here, is measured.
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+        "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10": 125e12}  # fmt: skip
+
+
+def keep_memory():
+    """Let glibc keep large blocks: by default it returns each to the system when freed, and the pages are cleared anew."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc here
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def find_device(cfg):
+    """(device, dtype, compile?) from the knobs, `auto` resolved. Never float16: its range needs a loss scale."""
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = cuda, but torch sees no CUDA device; try --device=cpu")
+    if cfg.dtype != "auto":
+        dtype = getattr(torch, cfg.dtype)
+    elif device == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    elif device == "cpu":  # emulated bf16 is slower than fp32
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        dtype = torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    else:
+        dtype = torch.float32
+    return device, dtype, cfg.compile == "yes" or (cfg.compile == "auto" and device == "cuda")
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device, dtype, seconds=0.1):
+    """FLOP/s of a 1024 (CPU) or 8192 (GPU) square matmul: the ceiling that this machine shows."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == math.inf:
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def describe(device, dtype, compiled):
+    """(one line about the machine, its peak FLOP/s)."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    listed = next((peak for card, peak in PEAK.items() if device == "cuda" and card in name), None)
+    peak = listed if listed and dtype == torch.bfloat16 else matmul_rate(device, dtype)
+    ceiling = f"{peak / 1e12:.4g} TFLOP/s {'data sheet' if peak == listed else 'measured matmul'}"
+    mode = "compiled" if compiled else "eager"
+    return f"device   {name}; {str(dtype)[6:]}, {mode}, torch {torch.__version__}; 100% MFU = {ceiling}", peak
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def open_sources(cfg, names):
+    """name -> Source, the training part; the default corpus is prepared first if there is no data at all."""
+    folder = Path(cfg.data)
+    if not any(folder.glob("*/train*.bin")) and set(names) <= {"text", "code"}:
+        import prepare
+
+        print(f"{folder}/ is empty: preparing text and code from this Python installation")
+        prepare.prepare_default(folder)
+    return {name: Source(folder / name, "train", cfg.block_size) for name in names}
+
+
+def the_tokenizer(sources):
+    """The tokenizer all sources were encoded with, as in meta.json, and its encoding; (None, None) for bare .bin files."""
+    metas = {name: source.meta["tokenizer"] for name, source in sources.items() if source.meta}
+    if not metas:
+        return None, None
+    first, meta = next(iter(metas.items()))
+    for name, other in metas.items():
+        if other["sha256"] != meta["sha256"]:
+            raise ConfigError(
+                f"{name} was encoded with {other['name']} ({other['vocab_size']:,} ids) and {first} with {meta['name']}"
+                f" ({meta['vocab_size']:,} ids); prepare both with one tokenizer"
+            )
+    encoding = tokenizer.load(meta["name"], meta["vocab_size"])
+    if tokenizer.digest(encoding) != meta["sha256"]:
+        raise ConfigError(f"{first} was encoded with another {meta['name']} than the one here; run prepare.py again")
+    return meta, encoding
+
+
+def held_out(cfg, names, encoding):
+    """{name: (rows (n, block_size + 1) uint16, UTF-8 bytes behind all targets or None)}: what every evaluation reads."""
+    sets = {}
+    for name in names:
+        try:
+            source = Source(Path(cfg.data) / name, "val", cfg.block_size)
+        except MixError as error:
+            print(f"no evaluation on {name}: {error}")
+            continue
+        rows = source.rows(0, min(source.windows, max(1, cfg.eval_tokens // cfg.block_size)))
+        sets[name] = rows, int(tokenizer.byte_lengths(encoding)[rows[:, 1:]].sum(dtype=np.int64)) if encoding else None
+    return sets
+
+
+class Feeder:
+    """Micro-batches of a phase on the device, one ahead: a thread reads the next while this one trains."""
+
+    def __init__(self, phase, first_sample, device):
+        self.phase, self.next, self.device = phase, first_sample, device
+        self.thread = ThreadPoolExecutor(1)
+        self.future = self.submit()
+
+    def submit(self):
+        lo, hi = self.next, self.next + self.phase.micro
+        self.next = hi
+        return self.thread.submit(self.read, lo, hi) if hi <= self.phase.mix.samples else None
+
+    def read(self, lo, hi):
+        rows, source = (torch.from_numpy(array) for array in self.phase.mix.batch(lo, hi))
+        return (rows.pin_memory(), source.pin_memory()) if self.device == "cuda" else (rows, source)
+
+    def __call__(self):
+        """-> tokens (micro, T), targets (micro, T), source (micro,), all int64 on the device."""
+        rows, source = self.future.result()
+        self.future = self.submit()
+        rows = rows.to(self.device, non_blocking=True).long()  # travels as uint16, a quarter of the bytes
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), source.to(self.device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+class Stop:
+    """True once SIGINT or SIGTERM has come; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.signal = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self):
+        return self.signal is not None
+
+
+class Log:
+    """log.jsonl of a phase. Lines beyond `size` bytes belong to steps that a crash took back, and are cut off."""
+
+    def __init__(self, path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+b")
+        self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
+
+    def write(self, record):
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+
+    def size(self):
+        """Bytes so far, on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+
+@torch.no_grad()
+def evaluate(model, sets, micro, device, stop):
+    """Per source: mean loss in nats a token, and bits per byte, over its held-out windows; None if `stop` came up.
+
+    Bits per byte = sum of losses / ln 2 / bytes of UTF-8 behind the targets; special ids stand for no bytes.
+    """
+    result = {}
+    for name, (rows, n_bytes) in sets.items():
+        loss = 0.0
+        for lo in range(0, len(rows), micro):
+            if stop:
+                return None
+            batch = torch.from_numpy(rows[lo : lo + micro]).to(device).long()
+            loss += model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].double().sum().item()
+        tokens = rows[:, 1:].size
+        bpb = loss / math.log(2) / n_bytes if n_bytes else None
+        result[name] = {"loss": loss / tokens, "bpb": bpb, "tokens": tokens}
+    return result
+
+
+def add_losses(sums, token_loss, source):
+    """Add a micro-batch to sums (2, K): summed loss and tokens of each source. token_loss (B, T); source (B,) < K.
+
+    A product with the membership matrix, not a scatter: the order of additions, and so the last bit, is always the same.
+    """
+    member = (source == torch.arange(sums.shape[1], device=sums.device)[:, None]).to(sums.dtype)  # (K, B)
+    sums += torch.stack((member @ token_loss.detach().to(sums.dtype).sum(1), member.sum(1) * token_loss.shape[1]))
+
+
+def set_aside(folder):
+    """--fresh: out/phase1 becomes out/phase1.old-1 (or -2, ...), so that nothing trained is lost by a slip."""
+    if folder.exists():
+        n = 1
+        while (to := folder.with_name(f"{folder.name}.old-{n}")).exists():
+            n += 1
+        folder.rename(to)
+        print(f"--fresh: {folder} moved to {to}")
+
+
+def find_progress(named):
+    """The phase to go on with and its newest checkpoint: (index, folder), or (0, None) when nothing was trained yet."""
+    for index in reversed(range(len(named))):
+        name, cfg = named[index]
+        if folder := checkpoint.latest(Path(cfg.out) / name / "checkpoints"):
+            return index, folder
+    return 0, None
+
+
+def check_checkpoint(folder, state, model, meta):
+    """Refuse weights of another shape or for other ids. Data are checked with the mix, where positions matter."""
+    now = dataclasses.asdict(model.config)
+    for knob, value in state["model"].items():
+        if now[knob] != value:
+            raise CheckpointError(
+                f"{folder} holds a model with {knob} = {value!r}, the configuration says {now[knob]!r};"
+                " use --out for another folder, or --fresh to start over"
+            )
+    if meta and state["tokenizer"] and meta["sha256"] != state["tokenizer"]["sha256"]:
+        old = state["tokenizer"]
+        raise CheckpointError(f"{folder} was trained on ids of {old['name']} ({old['vocab_size']:,}), the data has ids of"
+                              f" {meta['name']} ({meta['vocab_size']:,})")  # fmt: skip
+
+
+def rehearse(model, phase, device):
+    """Tokens a second of one micro-batch forward and backward: compiles, finds a lack of memory, leaves no trace."""
+    rows = torch.from_numpy(phase.mix.batch(0, phase.micro)[0]).to(device).long()
+    for _ in range(2):  # the first one compiles and allocates
+        synchronize(device)
+        start = time.perf_counter()
+        model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[0].backward()
+        model.zero_grad(set_to_none=True)
+        synchronize(device)
+    return rows[:, 1:].numel() / (time.perf_counter() - start)
+
+
+def make_optimizer(model, cfg, device, saved):
+    """AdamW with muP's groups; `saved` moments are taken over, hyper-parameters are always the configuration's."""
+    optimizer = torch.optim.AdamW(
+        param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
+        fused=device in ("cuda", "cpu"),
+    )  # fmt: skip
+    if saved:
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    return optimizer
+
+
+def train_step(model, optimizer, feeder, phase, step, sums):
+    """One update from phase.rows samples; returns its learning rate and gradient norm (a tensor, not waited for)."""
+    cfg = phase.cfg
+    for _ in range(phase.rows // phase.micro):
+        tokens, targets, source = feeder()
+        # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over the batch
+        loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch)
+        loss.backward()
+        add_losses(sums, token_loss, source)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    lr = lr_at(step, phase.steps, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return lr, norm
+
+
+def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
+    """The loop of one phase, from `state` (a checkpoint's of this phase, or None). False if it was told to stop."""
+    cfg, mix = phase.cfg, phase.mix
+    step = state["step"] if state else 0
+    evaluated, saved = (state["evaluated"], step) if state else (-1, -1)
+    # loss and tokens by source since the last log line, on the device; fp64, which MPS has not
+    saved_sums = state["sums"] if state else [[0.0] * len(mix.names)] * 2
+    sums = torch.tensor(saved_sums, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
+    log = Log(phase.folder / "log.jsonl", state["log_bytes"] if state else 0)
+    checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
+    feeder = Feeder(phase, step * phase.rows, device)
+    track = wandb_run(cfg, phase.name)
+
+    def where():
+        return {"step": step, "phase": phase.name, "tokens": phase.first_token + step * cfg.batch}
+
+    def record(values):
+        log.write(where() | values)
+        track(where() | values)
+
+    def save():
+        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state = where() | {
+            "sample": step * phase.rows, "start": mix.start, "first_token": phase.first_token, "evaluated": evaluated,
+            "sums": sums.tolist(), "log_bytes": log.size(), "drawn": mix.drawn(step * phase.rows),
+            "mix": mix.identity(), "model": dataclasses.asdict(model.config), "tokenizer": meta,
+            "config": dataclasses.asdict(cfg), "torch": torch.__version__,
+        }  # fmt: skip
+        checkpoint.save(phase.folder / "checkpoints", step, tensors, state, cfg.keep)
+
+    bar = tqdm(total=phase.steps, initial=step, desc=phase.name, unit="step", disable=None, leave=False)
+    since, timed = time.perf_counter(), 0  # of the running log line: start, and steps timed
+    while not stop:
+        if evaluated != step and (step in (0, phase.steps) or (cfg.eval_every and step % cfg.eval_every == 0)):
+            if (values := evaluate(model, sets, phase.micro, device, stop)) is None:
+                break
+            record({"val": values})
+            tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out  " + format_val(values))
+            evaluated, since, timed = step, time.perf_counter(), 0
+        if saved != step and (step == phase.steps or (step and step % cfg.save_every == 0)):
+            save()
+            saved, since, timed = step, time.perf_counter(), 0
+        if step == phase.steps:
+            break
+        step += 1
+        lr, norm = train_step(model, optimizer, feeder, phase, step, sums)
+        timed += 1
+        bar.update()
+        if step % cfg.log_every == 0 or step == phase.steps:
+            loss, tokens = sums.tolist()  # waits for the device
+            sums.zero_()
+            by_source = {name: x / n for name, x, n in zip(mix.names, loss, tokens, strict=True) if n}
+            loss = sum(loss) / sum(tokens)
+            speed = timed * cfg.batch / (time.perf_counter() - since)
+            mfu = speed * model.flops_per_token() / peak
+            record({"loss": loss, "lr": lr, "grad_norm": norm.item(), "tok_per_s": round(speed), "mfu": round(mfu, 4),
+                    "loss_by_source": by_source, "epochs": mix.epochs(step * phase.rows)})  # fmt: skip
+            losses = "  ".join(
+                f"{name} {by_source[name]:6.3f}" if name in by_source else f"{name}      -" for name in mix.names
+            )
+            tqdm.write(
+                f"{phase.name} {step:>7,}/{phase.steps:,}  loss {loss:6.3f}  {losses}  lr {lr:.2e}  norm {norm.item():6.2f}"
+                f"  {si(speed):>6} tok/s  MFU {mfu:5.1%}  {clock((phase.steps - step) * cfg.batch / speed)} left"
+            )
+            since, timed = time.perf_counter(), 0
+    bar.close()
+    feeder.thread.shutdown()
+    if step == phase.steps and evaluated == step:
+        return True
+    log.write(where() | {"event": "signal", "signal": stop.signal})
+    if saved != step:
+        save()
+    print(f"{stop.signal}: stopped and saved at step {step:,} of {phase.name}; the same command continues")
+    return False
+
+
+def wandb_run(cfg, name):
+    """A function that sends a log record to Weights & Biases, or does nothing."""
+    if not cfg.wandb:
+        return lambda record: None
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("wandb = ... needs the wandb package: pip install wandb") from None
+    run = wandb.init(project=cfg.wandb, name=f"{Path(cfg.out).name}-{name}", config=dataclasses.asdict(cfg))
+    return lambda record: run.log(record, step=record["tokens"])
+
+
+def format_val(values):
+    each = (
+        f"{name} {v['loss']:.4f}" + (f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "") for name, v in values.items()
+    )
+    return "   ".join(each)
+
+
+def report(phase):
+    """The table at the end of a phase: held-out loss before and after, from its log."""
+    with open(phase.folder / "log.jsonl") as f:
+        evaluations = [record["val"] for line in f if "val" in (record := json.loads(line))]
+    print(
+        f"\n{phase.name}: {'held-out source':<22} {'loss before':>12} {'after':>8} {'bits/byte before':>17} {'after':>8}"
+    )
+    for name, before in evaluations[0].items():
+        after = evaluations[-1][name]
+        bits = f"{before['bpb']:17.4f} {after['bpb']:8.4f}" if before["bpb"] else ""
+        print(f"{'':<{len(phase.name) + 1}} {name:<22} {before['loss']:12.4f} {after['loss']:8.4f} {bits}")
+
+
+def show_changes(saved, cfg):
+    """Knobs that are not what they were when the checkpoint was written: allowed, but said."""
+    now = dataclasses.asdict(cfg)
+    changed = [f"{k} {saved[k]!r} -> {now[k]!r}" for k in now if k in saved and saved[k] != now[k]]
+    if changed:
+        print(f"changed  since the checkpoint: {', '.join(changed)}")
+
+
+def train(named, fresh):
+    """Run the phases from wherever they stopped. named: [(name, Config), ...]. False if a signal ended it early."""
+    stop, cfg = Stop(), named[0][1]
+    device, dtype, compiled = find_device(cfg)
+    if device == "cpu":
+        keep_memory()
+    torch.set_float32_matmul_precision("high")
+    for name, c in named:
+        phase_steps(name, c)  # cheap mistakes before slow work
+        if fresh:
+            set_aside(Path(c.out) / name)
+
+    index, folder = find_progress(named)  # folder: a checkpoint inside phase `index`
+    before = folder or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
+    state = checkpoint.load_state(before) if before else None
+    names = sorted({name for _, c in named for name in c.mix})
+    sources = open_sources(cfg, names)
+    meta, encoding = the_tokenizer(sources)
+    vocab_real = meta["vocab_size"] if meta else cfg.vocab_size
+    if not vocab_real:
+        raise ConfigError(f"{cfg.data}/ has no meta.json that names a tokenizer; say --vocab_size=...")
+    model = GPT(model_config(cfg, vocab_real), dtype)
+    if before:
+        check_checkpoint(before, state, model, meta)
+    if folder:  # the phase began where its own checkpoint says
+        start, tokens = state["start"], state["first_token"]
+    else:
+        start, tokens = (state["drawn"], state["tokens"]) if before else ({}, 0)
+    phases = build_phases(named[index:], sources, start, tokens)
+    if folder:
+        check_identity(state["mix"], phases[0].mix.identity())
+        if state["step"] > phases[0].steps:
+            raise CheckpointError(f"{folder} is beyond the {phases[0].steps:,} steps that {phases[0].name} has now")
+
+    machine, peak = describe(device, dtype, compiled)
+    print_plan(phases, model, machine)
+    for name, _ in named[:index]:
+        print(f"{name:<8} done")
+    model.to(device)
+    init_weights(model, cfg.seed)
+    if before:
+        print(f"from     {before}, step {state['step']:,} of {state['phase']}")
+        model.load_state_dict(checkpoint.load_tensors(before, "model", device))
+    if folder:
+        show_changes(state["config"], phases[0].cfg)
+        if state["step"] == phases[0].steps == state["evaluated"]:
+            print(f"{phases[0].name:<8} done")
+            phases, folder = phases[1:], None
+    if not phases:
+        print(f"finished: nothing is left to do in {cfg.out}/; a larger --budget trains on, --fresh starts over")
+        return True
+    if compiled:
+        model.compile(dynamic=False)
+    speed = rehearse(model, phases[0], device)
+    left = sum(p.steps * p.cfg.batch for p in phases) - (state["tokens"] - phases[0].first_token if folder else 0)
+    print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
+
+    sets = held_out(cfg, names, encoding)
+    optimizer = None
+    for phase in phases:
+        moments = None
+        if folder:
+            moments = checkpoint.load_tensors(folder, "optimizer", device)
+        elif phase.cfg.carry_optimizer and (optimizer or before):
+            moments = optimizer.state_dict() if optimizer else checkpoint.load_tensors(before, "optimizer", device)
+        optimizer = make_optimizer(model, phase.cfg, device, moments)
+        if not train_phase(phase, model, optimizer, state if folder else None, sets, meta, device, peak, stop):
+            return False
+        report(phase)
+        folder = None
+    last = phases[-1].folder
+    print(f"\nnext     python sample.py {last} --prompt 'def '     python plot.py {cfg.out}")
+    print(f"         python train.py <another phase>.py --init_from={last}")
+    return True
+
+
+def show_plan(named):
+    """The plan alone; sizes of sources that are not on this disk are taken from source_tokens."""
+    cfg = named[0][1]
+    windows = {}
+    for name in sorted({name for _, c in named for name in c.mix}):
+        tokens = next((c.source_tokens[name] for _, c in named if name in c.source_tokens), None)
+        if (Path(cfg.data) / name).is_dir() or tokens is None:
+            windows[name] = Source(Path(cfg.data) / name, "train", cfg.block_size)
+        else:
+            windows[name] = int(tokens) // cfg.block_size
+    phases = build_phases(named, windows, {}, 0)
+    with torch.device("meta"):
+        model = GPT(model_config(cfg, cfg.vocab_size or tokenizer.load().n_vocab))
+    print_plan(phases, model, "plan     only; nothing is read, written or trained")
+    return True
+
+
+def main(argv):
+    try:
+        named, flags = read_command_line(argv)
+        if "help" in flags:
+            print(__doc__)
+        elif "plan" in flags:
+            show_plan(named)
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError("training on several processes is not built yet; start one process, without torchrun")
+        else:
+            train(named, "fresh" in flags)
+    except (ConfigError, MixError, CheckpointError, TokenizerError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
