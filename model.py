@@ -1,12 +1,12 @@
 """The GPT of Crystal (arXiv 2411.04156, sizes and numbers from its released configuration), at any size.
 
 What is unusual in it, for someone who knows GPT-2 or Llama:
-- muP (arXiv 2203.03466, as in Cerebras' BTLM, arXiv 2309.11568): embeddings times 14.6, logits times 2.22 * 256 / width,
+- muP (arXiv 2203.03466, with BTLM's numbers, arXiv 2309.11568): embeddings times 14.6, logits times 2.22 * 256 / width,
   attention scaled by 1/head_dim, matrix init ~ 1/sqrt(width) and matrix learning rate ~ 1/width, so that the best
   learning rate found at width 256 serves at every width. `mup_base=0` turns all of it off.
 - LayerNorm, not RMSNorm (`norm`), and no biases (`bias`; Crystal 7B has them everywhere but in the head).
 - Rotary positions on the first quarter of each head's channels (`rotary`), the rest carry no position.
-- One tied matrix for input and output (`tie`); its rows are padded so that GPUs like the shape, padding gets no probability.
+- One tied matrix for input and output (`tie`), its rows padded to what GPUs like; padding gets no probability.
 - `parallel` sums attention and MLP of one norm, as in To Code, or Not To Code (arXiv 2408.10914) and GPT-J.
 - The residual is added inside the norm, and head and loss are one operation (`kernels/`); `forward` returns the loss.
 - Weights stay fp32; every product is taken in `dtype`, by a cast at the point of use, so no autocast context is needed.
@@ -265,7 +265,7 @@ def init_weights(model, seed):
     | attn_out, mlp_out               | the line above / sqrt(2 * n_layer) | the same                |
     | norm weights; every bias        | 1; 0                               | 1; 0                    |
 
-    Standard deviations of normals cut at two sigma and not rescaled, so 0.88 of these remain (Crystal, released configs).
+    Standard deviations of normals cut at two sigma and not rescaled, so that 0.88 of these remain (Crystal's configs).
     Each tensor is drawn on the CPU from a generator seeded by (seed, name).
     """
     c = model.config

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def read_logs(folder):
-    """Records of every log.jsonl in or right under a folder, in order of tokens. Half-written last lines are left out."""
+    """Records of every log.jsonl in or right under a folder, in order of tokens. A half-written line is left out."""
     records = []
     for path in sorted([*Path(folder).glob("log.jsonl"), *Path(folder).glob("*/log.jsonl")]):
         for line in path.read_text().splitlines():
@@ -23,7 +23,7 @@ def read_logs(folder):
 
 
 def series(records):
-    """-> ({source: [(tokens, training loss)]}, {source: [(tokens, bits per byte, or loss in nats)]}, {phase: first token})."""
+    """-> {source: [(tokens, training loss)]}, {source: [(tokens, bits per byte or loss)]}, {phase: first token}."""
     losses, held_out, phases = {}, {}, {}
     for r in records:
         phases.setdefault(r["phase"], r["tokens"])

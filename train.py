@@ -1,13 +1,13 @@
 """Train a GPT through phases of mixed sources.
 
-    python train.py config/phase1.py                                        # one phase; prepares a corpus if data/ is empty
-    python train.py config/phase1.py config/phase2.py config/phase3.py      # one run through three phases
-    python train.py config/phase2.py --init_from=out/phase1                 # or one after the other, to the same weights
-    python train.py config/phase1.py --size=124M --budget=2.5B --batch=512K # any knob below, for every phase; K, M, B
-    python train.py config/crystal7b/phase*.py --plan                       # show what would be trained, and stop
+    python train.py config/phase1.py                                     # one phase; prepares a corpus if there is none
+    python train.py config/phase1.py config/phase2.py config/phase3.py   # one run through three phases
+    python train.py config/phase2.py --init_from=out/phase1              # or one after the other, to the same weights
+    python train.py config/phase1.py --size=124M --budget=2.5B --batch=512K   # any knob below, for every phase; K, M, B
+    python train.py config/crystal7b/phase?.py --plan                    # show what would be trained, and stop
 
-The same command again continues where it stopped, after any kind of death. --fresh starts over (what is there is moved aside,
-not deleted). Ctrl-C or SIGTERM finishes the step, saves and exits 0. Exit codes: 0 done, 2 your mistake, 1 ours.
+The same command again continues where it stopped, after any kind of death. --fresh starts over and moves what is there
+aside. Ctrl-C or SIGTERM finishes the step, saves and exits 0. Exit codes: 0 done, 2 your mistake, 1 ours.
 
 A config file is one phase: plain Python, run in a namespace that holds every default below. A value on the command line
 beats the file's, before the file computes with it. Names that begin with _ are the file's own.
@@ -219,7 +219,7 @@ def read_command_line(argv):
 
 
 def lr_at(step, steps, cfg):
-    """Learning rate of update `step` (1 .. steps) of a phase: linear from 0 over the warmup, then cfg.decay to lr_end."""
+    """Learning rate of update `step` (1 .. steps): linear from 0 over the warmup, then cfg.decay to lr_end."""
     warmup = cfg.warmup * steps if cfg.warmup < 1 else cfg.warmup
     if step < warmup:
         return cfg.lr * step / warmup
@@ -232,7 +232,7 @@ def lr_at(step, steps, cfg):
 
 
 def phase_steps(name, cfg):
-    """Optimizer steps of a phase, and rows a step and a micro-step; ConfigError with all the numbers if they do not fit."""
+    """Steps of a phase, rows a step, rows a micro-step; ConfigError with all the numbers if they do not fit."""
     steps, rows = round(cfg.share * cfg.budget / cfg.batch) if cfg.batch else 0, cfg.batch // cfg.block_size
     if not rows or cfg.batch % cfg.block_size:
         raise ConfigError(f"{name}: batch = {cfg.batch:,} tokens is not a multiple of block_size = {cfg.block_size:,}")
@@ -268,7 +268,7 @@ class Phase:
 def build_phases(named, windows, start, tokens):
     """Configs -> Phases, each with its mix beginning where the one before leaves every source.
 
-    windows: name -> Source, or its number of windows. start: windows of each source already drawn. tokens: trained so far.
+    windows: {name: Source, or its number of windows}. start: {name: windows drawn before}. tokens: trained before.
     """
     phases = []
     for name, cfg in named:
@@ -286,8 +286,10 @@ def model_config(cfg, vocab_real):
     knobs = {name: getattr(cfg, name) for name in MODEL_KNOBS}
     knobs["vocab_size"] = cfg.vocab_size or -(-vocab_real // 128) * 128
     if knobs["vocab_size"] < vocab_real:
-        raise ConfigError(f"vocab_size = {cfg.vocab_size:,} is less than the {vocab_real:,} ids of the data's tokenizer;"
-                          " leave vocab_size out, or prepare the data with --vocab_size")  # fmt: skip
+        raise ConfigError(
+            f"vocab_size = {cfg.vocab_size:,} is less than the {vocab_real:,} ids of the data's tokenizer;"
+            " leave vocab_size out, or prepare the data with --vocab_size"
+        )
     try:
         return GPTConfig(**knobs, vocab_real=vocab_real)
     except ValueError as error:
@@ -303,25 +305,20 @@ def si(n):
 
 
 def clock(seconds):
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 5400
-        else f"{seconds / 60:.1f} min"
-        if seconds >= 100
-        else f"{seconds:.0f} s"
-    )
+    for unit, scale in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * scale:
+            return f"{seconds / scale:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def print_plan(phases, model, machine):
     c, cfg = model.config, phases[0].cfg
     print(machine)
-    print(f"model    {cfg.size}: {c.n_layer} layers x {c.n_embd}, {c.n_head} heads of {c.head_dim}, context {c.block_size:,},"
-          f" {c.vocab_real:,} ids; {model.num_params():,} parameters,"
-          f" {si(model.flops_per_token())}FLOP a token (6 N + 12 L d T)")  # fmt: skip
-    total = sum(phase.steps * phase.cfg.batch for phase in phases)
-    print(
-        f"run      {si(total)} tokens, {si(model.flops_per_token() * total)}FLOP; seed {cfg.seed}; output in {cfg.out}/"
-    )
+    flops, total = model.flops_per_token(), sum(phase.steps * phase.cfg.batch for phase in phases)
+    shape = f"{c.n_layer} layers x {c.n_embd}, {c.n_head} heads of {c.head_dim}, context {c.block_size:,}"
+    print(f"model    {cfg.size}: {shape}, {c.vocab_real:,} ids; {model.num_params():,} parameters")
+    print(f"run      {si(total)} tokens x {si(flops)}FLOP (6 N + 12 L d T) = {si(flops * total)}FLOP;"
+          f" seed {cfg.seed}; output in {cfg.out}/")  # fmt: skip
     for phase in phases:
         print_phase(phase)
 
@@ -330,8 +327,9 @@ def print_phase(phase):
     cfg, tokens = phase.cfg, phase.steps * phase.cfg.batch
     warmup = round(cfg.warmup * phase.steps if cfg.warmup < 1 else cfg.warmup)
     lr_end = cfg.lr if cfg.decay == "constant" else cfg.lr_end
-    print(f"{phase.name:<8} {si(tokens)} tokens = {phase.steps:,} steps of {si(cfg.batch)} ({phase.rows // phase.micro} x"
-          f" {phase.micro} rows); lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}, warmup {warmup:,} steps")  # fmt: skip
+    shape = f"{phase.steps:,} steps of {phase.rows // phase.micro} x {phase.micro} rows"
+    rate = f"lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}, warmup {warmup:,} steps"
+    print(f"{phase.name:<8} {si(tokens)} tokens = {shape}; {rate}")
     first, last = phase.mix.drawn(0), phase.mix.drawn(phase.mix.samples)
     for name, quota in sorted(phase.mix.quota.items(), key=lambda item: -item[1]):
         drawn, windows = (last[name] - first[name]) * cfg.block_size, phase.mix.windows[name]
@@ -341,13 +339,13 @@ def print_phase(phase):
 
 # ------------------------------------------------------------------------------------------------------- the machine
 
-# Dense bf16 matmul peak, FLOP/s, from the vendors' data sheets; a CPU's, and that of a card not named here, is measured.
+# Dense bf16 matmul peak, FLOP/s, from the vendors' data sheets. A CPU's, or another card's, is measured.
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
         "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10": 125e12}  # fmt: skip
 
 
 def keep_memory():
-    """Let glibc keep large blocks: by default it returns each to the system when freed, and the pages are cleared anew."""
+    """Have glibc keep freed memory: it hands large blocks back, and the system clears their pages for the next step."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc here
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -416,7 +414,7 @@ def open_sources(cfg, names):
 
 
 def the_tokenizer(sources):
-    """The tokenizer all sources were encoded with, as in meta.json, and its encoding; (None, None) for bare .bin files."""
+    """meta.json's entry on the tokenizer, one for all sources, and the encoding; None, None for bare .bin files."""
     metas = {name: source.meta["tokenizer"] for name, source in sources.items() if source.meta}
     if not metas:
         return None, None
@@ -434,7 +432,7 @@ def the_tokenizer(sources):
 
 
 def held_out(cfg, names, encoding):
-    """{name: (rows (n, block_size + 1) uint16, UTF-8 bytes behind all targets or None)}: what every evaluation reads."""
+    """What every evaluation reads: {name: (rows (n, block_size + 1) uint16, bytes behind their targets or None)}."""
     sets = {}
     for name in names:
         try:
@@ -532,7 +530,7 @@ def evaluate(model, sets, micro, device, stop):
 def add_losses(sums, token_loss, source):
     """Add a micro-batch to sums (2, K): summed loss and tokens of each source. token_loss (B, T); source (B,) < K.
 
-    A product with the membership matrix, not a scatter: the order of additions, and so the last bit, is always the same.
+    A product with the membership matrix, not a scatter: additions then have one order, and sums one last bit.
     """
     member = (source == torch.arange(sums.shape[1], device=sums.device)[:, None]).to(sums.dtype)  # (K, B)
     sums += torch.stack((member @ token_loss.detach().to(sums.dtype).sum(1), member.sum(1) * token_loss.shape[1]))
@@ -568,8 +566,10 @@ def check_checkpoint(folder, state, model, meta):
             )
     if meta and state["tokenizer"] and meta["sha256"] != state["tokenizer"]["sha256"]:
         old = state["tokenizer"]
-        raise CheckpointError(f"{folder} was trained on ids of {old['name']} ({old['vocab_size']:,}), the data has ids of"
-                              f" {meta['name']} ({meta['vocab_size']:,})")  # fmt: skip
+        raise CheckpointError(
+            f"{folder} was trained on ids of {old['name']} ({old['vocab_size']:,}),"
+            f" the data has ids of {meta['name']} ({meta['vocab_size']:,})"
+        )
 
 
 def rehearse(model, phase, device):
@@ -650,7 +650,7 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
             if (values := evaluate(model, sets, phase.micro, device, stop)) is None:
                 break
             record({"val": values})
-            tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out  " + format_val(values))
+            tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {format_val(values)}")
             evaluated, since, timed = step, time.perf_counter(), 0
         if saved != step and (step == phase.steps or (step and step % cfg.save_every == 0)):
             save()
@@ -670,12 +670,11 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
             mfu = speed * model.flops_per_token() / peak
             record({"loss": loss, "lr": lr, "grad_norm": norm.item(), "tok_per_s": round(speed), "mfu": round(mfu, 4),
                     "loss_by_source": by_source, "epochs": mix.epochs(step * phase.rows)})  # fmt: skip
-            losses = "  ".join(
-                f"{name} {by_source[name]:6.3f}" if name in by_source else f"{name}      -" for name in mix.names
-            )
+            each = "  ".join(f"{name} {by_source.get(name, math.nan):6.3f}" for name in mix.names)
+            left = clock((phase.steps - step) * cfg.batch / speed)
             tqdm.write(
-                f"{phase.name} {step:>7,}/{phase.steps:,}  loss {loss:6.3f}  {losses}  lr {lr:.2e}  norm {norm.item():6.2f}"
-                f"  {si(speed):>6} tok/s  MFU {mfu:5.1%}  {clock((phase.steps - step) * cfg.batch / speed)} left"
+                f"{phase.name} {step:>7,}/{phase.steps:,}  loss {loss:6.3f}  {each}  lr {lr:.2e}"
+                f"  norm {norm.item():6.2f}  {round(speed):>9,} tok/s  MFU {mfu:5.1%}  {left} left"
             )
             since, timed = time.perf_counter(), 0
     bar.close()
@@ -713,7 +712,7 @@ def report(phase):
     with open(phase.folder / "log.jsonl") as f:
         evaluations = [record["val"] for line in f if "val" in (record := json.loads(line))]
     print(
-        f"\n{phase.name}: {'held-out source':<22} {'loss before':>12} {'after':>8} {'bits/byte before':>17} {'after':>8}"
+        f"\n{phase.name}: {'held-out source':<20} {'loss before':>12} {'after':>8} {'bits/byte before':>17} {'after':>8}"
     )
     for name, before in evaluations[0].items():
         after = evaluations[-1][name]
@@ -758,10 +757,15 @@ def train(named, fresh):
     else:
         start, tokens = (state["drawn"], state["tokens"]) if before else ({}, 0)
     phases = build_phases(named[index:], sources, start, tokens)
+    for name, was in state["mix"]["sources"].items() if before else ():
+        if name in sources and sources[name].sha256 != was["sha256"]:
+            raise MixError(f"{cfg.data}/{name} is not the {name} that {before} was trained on; give it another name")
     if folder:
         check_identity(state["mix"], phases[0].mix.identity())
-        if state["step"] > phases[0].steps:
-            raise CheckpointError(f"{folder} is beyond the {phases[0].steps:,} steps that {phases[0].name} has now")
+        if state["sample"] != state["step"] * phases[0].rows:
+            raise CheckpointError(
+                f"{folder} was made with batch = {state['config']['batch']:,}; inside a phase it stays"
+            )
 
     machine, peak = describe(device, dtype, compiled)
     print_plan(phases, model, machine)
@@ -807,17 +811,18 @@ def train(named, fresh):
 
 def show_plan(named):
     """The plan alone; sizes of sources that are not on this disk are taken from source_tokens."""
-    cfg = named[0][1]
-    windows = {}
+    cfg, sources = named[0][1], {}
     for name in sorted({name for _, c in named for name in c.mix}):
         tokens = next((c.source_tokens[name] for _, c in named if name in c.source_tokens), None)
-        if (Path(cfg.data) / name).is_dir() or tokens is None:
-            windows[name] = Source(Path(cfg.data) / name, "train", cfg.block_size)
-        else:
-            windows[name] = int(tokens) // cfg.block_size
-    phases = build_phases(named, windows, {}, 0)
+        missing = tokens and not (Path(cfg.data) / name).is_dir()
+        sources[name] = (
+            int(tokens) // cfg.block_size if missing else Source(Path(cfg.data) / name, "train", cfg.block_size)
+        )
+    phases = build_phases(named, sources, {}, 0)
+    meta, _ = the_tokenizer({name: source for name, source in sources.items() if isinstance(source, Source)})
+    vocab_real = meta["vocab_size"] if meta else cfg.vocab_size or tokenizer.load().n_vocab
     with torch.device("meta"):
-        model = GPT(model_config(cfg, cfg.vocab_size or tokenizer.load().n_vocab))
+        model = GPT(model_config(cfg, vocab_real))
     print_plan(phases, model, "plan     only; nothing is read, written or trained")
     return True
 

@@ -63,7 +63,7 @@ def linear_ce(
     loss = (sum of losses + z_coef * sum of lse^2) / divisor, where divisor is the number of valid targets if None (else
     a number or scalar tensor: Crystal divides by batch * length whatever is masked), and the z term keeps the softmax
     normaliser near 1 (PaLM, arXiv 2204.02311, section 5). max_logit_bytes bounds one chunk of fp32 logits.
-    Returns (loss, scalar fp32 with gradient; token_loss, (N,) fp32 without z-loss, 0 where ignored; lse_sq_sum, scalar).
+    Returns loss, a scalar with gradient; token_loss, (N,), without z-loss, 0 where ignored; and the sum of lse^2: fp32.
     The last two carry no gradient: they serve logs and evaluation.
     """
     budget = max_logit_bytes or LOGIT_BYTES.get(x.device.type, 4 << 30)

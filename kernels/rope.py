@@ -24,7 +24,7 @@ def rotate_(x, cos, sin, interleaved):
 
 
 class RopeQKV(torch.autograd.Function):
-    """In place: the product that made qkv does not keep it, and a quarter of the channels is all that need be written."""
+    """In place: the product that made qkv does not keep it, and only a quarter of the channels must be written."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, interleaved):

@@ -26,8 +26,8 @@ mix = {
     "slimpajama_wikipedia": 0.03417,
     "slimpajama_stackexchange": 0.03168,
 }
-# Billions of tokens: SlimPajama's parts are what phases 1 and 2 use up in one epoch, StarCoderData is half of what phase 2
-# draws, the four languages a third of what phase 3 draws.
+# SlimPajama's parts are what phases 1 and 2 use up in one epoch, StarCoderData is half of what phase 2 draws, the four
+# languages a third of what phase 3 draws.
 source_tokens = {
     "slimpajama_commoncrawl": 367.9e9,
     "slimpajama_c4": 183.8e9,

@@ -1,9 +1,10 @@
-"""Crystal 7B, phase 2 of 3: code mixed in. 214,387 steps, 927.3B tokens: the other half of SlimPajama, StarCoderData twice.
+"""Crystal 7B, phase 2 of 3: code mixed in. 214,387 steps, 927.3B tokens.
 
-With SlimPajama's GitHub part 64.7% of the tokens are code. Crystal trained 90% of StarCoderData as fill-in-the-middle.
+The other half of SlimPajama, and StarCoderData twice. With SlimPajama's GitHub part 64.7% of the tokens are code.
+Crystal trained 90% of StarCoderData as fill-in-the-middle.
 """
 
-from config.crystal7b.phase1 import *  # noqa: F403
+from config.crystal7b.phase1 import *
 from config.crystal7b.phase1 import _steps
 
 share = _steps["phase2"] / sum(_steps.values())

@@ -1,10 +1,11 @@
-"""Crystal 7B, phase 3 of 3: adaptation to Python and the web. 27,728 steps, 119.9B tokens, re-warmed to a sixth of the peak.
+"""Crystal 7B, phase 3 of 3: adaptation to Python and the web, re-warmed to a sixth of the peak.
 
-Three epochs of four languages and a replay of the rest. Crystal replayed the first tenth of six SlimPajama parts; here the
-replay is the beginning of their second epoch, in a new order. Rates of fill-in-the-middle: 30% of the four languages.
+27,728 steps, 119.9B tokens: three epochs of four languages and a replay of the rest. Crystal replayed the first tenth
+of six SlimPajama parts; here the replay begins their second epoch, in a new order. Crystal trained 30% of the four
+languages as fill-in-the-middle.
 """
 
-from config.crystal7b.phase1 import *  # noqa: F403
+from config.crystal7b.phase1 import *
 from config.crystal7b.phase1 import _steps
 
 share = _steps["phase3"] / sum(_steps.values())

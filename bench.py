@@ -1,0 +1,429 @@
+"""What the parts of nanoCrystal reach on this machine, beside what the machine allows and what was aimed at.
+
+    python bench.py                         # every section
+    python bench.py --only mix              # one of them: mix, tokenizer, model
+    python bench.py --only model --nanogpt=../nanoGPT     # beside a clone of github.com/karpathy/nanoGPT, same shape
+    python bench.py --json bench.json       # the same numbers for a program
+
+Rates are medians over rounds in which all ways take turns, so that what else runs on the machine falls on all alike;
+"of limit" is the median of the ratios within a round. A rate per CPU-second leaves out time the process had to wait.
+A section is a function that returns rows (see row); add it to SECTIONS.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: rates here are those of one core
+
+import numpy as np
+import tiktoken
+import torch
+
+import corpus
+import mix
+import prepare
+import tokenizer
+import train
+from mix import Mix, Source
+from model import GPT, GPTConfig, init_weights
+
+
+def row(what, value, unit, per_cpu=None, of_limit=None, target=None):
+    """One line of the table. per_cpu: units per CPU-second, or None; of_limit: the limit's share reached, or None.
+
+    target: (least, most) for per_cpu, or for value where there is none; most may be None.
+    """
+    measured = value if per_cpu is None else per_cpu
+    met = target and bool(measured >= target[0] and (target[1] is None or measured < target[1]))
+    return dict(what=what, value=value, unit=unit, per_cpu=per_cpu, of_limit=of_limit, target=target, met=met)
+
+
+def take_turns(ways, rounds):
+    """{name: function} called in turn, round by round -> {name: [(wall seconds, CPU seconds) of each round]}."""
+    seconds = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, way in ways.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            way()
+            if i:  # the first round warms up
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return seconds
+
+
+def rate_rows(seconds, amounts, unit, limit, targets):
+    """Rows from take_turns. amounts: {name: units of work in a call}; limit: a name; targets: {name: (least, most)}."""
+    rows = []
+    for name, rounds in seconds.items():
+        rates = [amounts[name] / wall for wall, _ in rounds]
+        ratios = [rate / (amounts[limit] / wall) for rate, (wall, _) in zip(rates, seconds[limit], strict=True)]
+        per_cpu = median(amounts[name] / cpu for _, cpu in rounds)
+        rows.append(row(name, median(rates), unit, per_cpu, median(ratios), targets.get(name)))
+    return rows
+
+
+def milliseconds(way, repeats=7):
+    return 1e3 * median(wall for wall, _ in take_turns({"": way}, repeats)[""])
+
+
+# --------------------------------------------------------------------------------------------------------------- mix
+
+BLOCK, BATCH, CALLS = 1024, 32, 150
+WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
+
+
+def bench_mix():
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {name: Path(folder) / name for name in WEIGHTS}
+        rng = np.random.default_rng(0)
+        for path, millions in zip(folders.values(), (200, 120, 80), strict=True):
+            path.mkdir()
+            rng.integers(0, 32_000, millions * 10**6, dtype=np.uint16).tofile(path / "train.bin")
+        huge = {name: Path(folder) / f"huge-{name}" for name in WEIGHTS}
+        for path in huge.values():
+            path.mkdir()
+            with open(path / "train.bin", "wb") as file:
+                file.truncate(2 * 10**12 // 3 // 2 * 2)  # sparse: no room on the disk, 10^12 tokens over the three
+        return [*mix_rates(folders), *mix_starts(folders, huge), *mix_ratio(), *mix_order()]
+
+
+def open_mix(folders, samples=10**10):
+    return Mix({name: Source(path, "train", BLOCK) for name, path in folders.items()}, WEIGHTS, samples, seed=1)
+
+
+def mix_rates(folders):
+    """Tokens a second into int64 batches, and the rival and the floors that it stands between."""
+    mixed, first = open_mix(folders), iter(range(0, 10**9, BATCH * CALLS))
+    _, runs = mixed.sources["text"].map_file(0)
+    rng = np.random.default_rng(0)
+    source, target = np.ones((2, 1 << 26), np.uint16)
+
+    def nano_crystal(dtype):
+        start = next(first)
+        for n in range(start, start + BATCH * CALLS, BATCH):
+            mixed.batch(n, n + BATCH)[0].astype(dtype, copy=False)
+
+    def gather():
+        for begin in rng.integers(0, len(runs), (CALLS, BATCH)):
+            runs[begin].astype(np.int64)
+
+    def nano_gpt():  # its loader: map the file anew, draw places at random, widen and stack inputs and targets
+        for _ in range(CALLS // 10):
+            data = np.memmap(folders["text"] / "train.bin", dtype=np.uint16, mode="r")
+            places = torch.randint(len(data) - BLOCK, (BATCH,)).tolist()
+            torch.stack([torch.from_numpy(data[i : i + BLOCK].astype(np.int64)) for i in places])
+            torch.stack([torch.from_numpy(data[i + 1 : i + 1 + BLOCK].astype(np.int64)) for i in places])
+
+    ways = {
+        "mix.py, 3 sources, int64 out": lambda: nano_crystal(np.int64),
+        "mix.py, 3 sources, uint16 out": lambda: nano_crystal(np.uint16),
+        "nanoGPT's get_batch, 1 source": nano_gpt,
+        "limit of reading: runs[places], int64 out": gather,
+        "limit: memory copy, 128 MB of uint16": lambda: np.copyto(target, source),
+    }
+    amounts = dict.fromkeys(ways, CALLS * BATCH * BLOCK / 1e6)
+    amounts["nanoGPT's get_batch, 1 source"] /= 10
+    amounts["limit: memory copy, 128 MB of uint16"] = len(source) / 1e6
+    seconds = take_turns(ways, rounds=12)
+    rows = rate_rows(seconds, amounts, "M tokens/s", [*ways][-1], {"mix.py, 3 sources, int64 out": (500, None)})
+    ours, theirs = (seconds[name] for name in ("mix.py, 3 sources, int64 out", "nanoGPT's get_batch, 1 source"))
+    times = median(10 * b[1] / a[1] for a, b in zip(ours, theirs, strict=True))
+    return [*rows, row("mix.py over nanoGPT, CPU time of equal work", times, "x", target=(5, None))]
+
+
+def mix_starts(folders, huge):
+    """Start and resume: open the sources, build the mix, read the first batch. Nothing is written."""
+
+    def two_phases(n):
+        first = open_mix(huge, 10**9)
+        Mix(first.sources, WEIGHTS, 4 * 10**9, seed=1, start=first.drawn(10**9)).batch(n, n + BATCH)
+
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        anonymous = [pool.apply(memory_of, (some,)) for some in (folders, huge)]
+    state = len(json.dumps(open_mix(folders).identity()))
+    return [
+        row("start, 400 M tokens", milliseconds(lambda: open_mix(folders).batch(0, BATCH)), "ms", target=(0, 20)),
+        row(
+            "resume at sample 1 M",
+            milliseconds(lambda: open_mix(folders).batch(10**6, 10**6 + BATCH)),
+            "ms",
+            target=(0, 20),
+        ),
+        row("start, 1 T tokens (sparse), phase 2", milliseconds(lambda: two_phases(0)), "ms", target=(0, 50)),
+        row("resume at sample 3 G of it", milliseconds(lambda: two_phases(3 * 10**9)), "ms", target=(0, 50)),
+        row("state in a checkpoint", state, "bytes", target=(0, 1024)),
+        row("anonymous memory, 400 M tokens", anonymous[0], "MB", target=(0, 20)),
+        row("anonymous memory, 1 T tokens", anonymous[1], "MB", target=(0, 20)),
+    ]
+
+
+def memory_of(folders):
+    """Megabytes of memory that are not pages of files, taken by a mix and 1,000 batches. Linux only, else nan."""
+
+    def anonymous():
+        status = Path("/proc/self/status")
+        return int(status.read_text().split("RssAnon:")[1].split()[0]) / 1024 if status.exists() else float("nan")
+
+    before, mixed = anonymous(), open_mix(folders)
+    for n in range(0, 1000 * BATCH, BATCH):
+        mixed.batch(n, n + BATCH)
+    return anonymous() - before
+
+
+def mix_ratio():
+    """Worst |drawn - weight * n| over all prefixes of 3 periods of random mixes of 3 to 40 sources."""
+    rng, worst = np.random.default_rng(0), 0
+    for _ in range(100):
+        weights = rng.integers(1, 200, rng.integers(3, 41))
+        table = mix.turns(list(mix.quotas({f"{s:02d}": int(w) for s, w in enumerate(weights)}).values()))
+        drawn = np.cumsum(np.tile(table, 3)[:, None] == np.arange(len(weights)), axis=0)
+        exact = np.arange(1, len(drawn) + 1)[:, None] * weights
+        worst = max(worst, np.abs(drawn * weights.sum() - exact).max() / weights.sum())
+    return [row("worst error of a ratio, any prefix, 100 mixes", worst, "samples", target=(0, 1))]
+
+
+def shuffle_statistics(order):
+    """Three chi2 of a permutation over their degrees of freedom; 1.0 for a true shuffle, float64 (3,).
+
+    How evenly batches of 512 draw from 64 slices; pairs of slices drawn one after another; their low three bits.
+    """
+    n = len(order)
+    batches = (order[: n // 512 * 512] * 64 // n).reshape(-1, 512)
+    composition = np.mean([((np.bincount(batch, minlength=64) - 8) ** 2 / 8).sum() / 63 for batch in batches])
+
+    def pairs(digit, base):  # the margins are those of a permutation, so (base - 1)^2 degrees of freedom are left
+        table = np.bincount(digit[:-1] * base + digit[1:], minlength=base * base)
+        return ((table - n / base**2) ** 2).sum() / (n / base**2) / (base - 1) ** 2
+
+    return np.array([composition, pairs(order * 32 // n, 32), pairs(order % 8, 8)])
+
+
+def mix_order():
+    """Is the order a shuffle, and what does it cost?"""
+    size, index, key = 195_312, np.arange(8192), np.full(8192, 7, np.uint64)
+    ours = [Mix({"a": size}, {"a": 1}, size, seed).plan(0, size)[2] for seed in range(10)]
+    numpys = [np.random.default_rng(seed).permutation(size) for seed in range(10)]
+    ratios = [np.median([shuffle_statistics(order) for order in orders], axis=0) for orders in (ours, numpys)]
+    rows = []
+    for i, what in enumerate(("64 slices in batches of 512", "pairs of 32 slices", "pairs of low 3 bits")):
+        rows.append(row(f"shuffle, chi2 of {what}", ratios[0][i], "", target=(0.7, 1.3)))
+        rows.append(row("    the same of numpy's permutation", ratios[1][i], ""))
+    for n in (size, 10**12):
+        cost = milliseconds(lambda n=n: mix.permute(index, n, key), 50) * 1e6 / len(index)
+        rows.append(row(f"permutation of {n:.3g} windows", cost, "ns/index"))
+    cost = milliseconds(lambda: np.random.default_rng(0).permutation(size)) * 1e6 / size
+    return [*rows, row("    numpy's, stored, of 1.95e+05", cost, "ns/index")]
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def bench_tokenizer():
+    """Megabytes of UTF-8 a second: a worker of prepare.py, from documents to a run on disk, beside plain tiktoken."""
+    with multiprocessing.get_context("spawn").Pool(1, prepare.start_worker, (tokenizer.load(), "text", 0)) as pool:
+        return pool.apply(tokenizer_rates)
+
+
+def tokenizer_rates(megabytes=3):
+    with ThreadPoolExecutor(1) as pool:
+        documents = corpus.collect(pool, megabytes * 10**6, megabytes * 10**6)
+    encoding, rows = tokenizer.load(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, texts in documents.items():
+            ours, theirs = f"prepare.py, one worker, {kind}", f"limit: tiktoken, one thread, {kind}"
+            ways = {
+                ours: lambda texts=texts: prepare.write_run(("texts", "bench", texts), Path(folder) / "run"),
+                theirs: lambda texts=texts: [encoding.encode_ordinary(text) for text in texts],
+            }
+            seconds = take_turns(ways, rounds=7)
+            amounts = dict.fromkeys(ways, sum(len(text.encode()) for text in texts) / 1e6)
+            times = median(b[1] / a[1] for a, b in zip(seconds[ours], seconds[theirs], strict=True))
+            rows += rate_rows(seconds, amounts, "MB/s", theirs, {})
+            rows.append(row(f"prepare.py over tiktoken, CPU time of equal work, {kind}", times, "x", target=(1, None)))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+ROWS, SHAPE = 12, {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+
+
+def bench_model(nanogpt=None, rounds=7, vocab_size=8192):
+    """Training steps on the CPU at 6 layers x 384, 12 rows of 256, each way in a process of its own, in turn.
+
+    nanogpt: folder of a clone, whose model and optimizer then take the same steps on the same tokens.
+    """
+    rng = np.random.default_rng(0)
+    found = sorted(Path("data/text").glob("train-*.bin"))
+    tokens = np.fromfile(found[0], "<u2") if found else rng.integers(0, vocab_size, 10**6, dtype=np.uint16)
+    places = rng.integers(0, len(tokens) - 257, (rounds + 1, ROWS))
+    batches = tokens[places[..., None] + np.arange(257)].astype(np.int64)
+    _, best, _ = train.find_device(train.Config(device="cpu"))
+    ways = {
+        "ours, float32": (our_step, torch.float32, vocab_size),
+        f"ours, {str(best)[6:]}, the default here": (our_step, best, vocab_size),
+        "limit: matmul 1024 x 1024, float32": (matmul_step, torch.float32),
+        f"limit: matmul 1024 x 1024, {str(best)[6:]}": (matmul_step, best),
+    }
+    if nanogpt:
+        ways["nanoGPT, as it ships"] = (nanogpt_step, nanogpt, vocab_size)
+    pipes = {name: start_process(*way) for name, way in ways.items()}
+    seconds, losses = {name: [] for name in ways}, {name: [] for name in ways}
+    for i, batch in enumerate(batches):
+        for name, pipe in pipes.items():
+            pipe.send(torch.from_numpy(batch))
+            wall, cpu, loss = pipe.recv()
+            losses[name].append(loss)
+            if i:  # the first step warms up
+                seconds[name].append((wall, cpu))
+    for pipe in pipes.values():
+        pipe.send(None)
+    with torch.device("meta"):
+        flops = GPT(GPTConfig(**SHAPE, vocab_size=vocab_size)).flops_per_token()
+    amounts = {name: 20 * 2 * 1024**3 / flops if "limit" in name else ROWS * 256 for name in ways}
+    rows = rate_rows(seconds, amounts, "tokens/s", [*ways][3], {})
+    if nanogpt:
+        theirs = [wall for wall, _ in seconds["nanoGPT, as it ships"]]
+        for name, target in zip([*ways][:2], ((1.15, None), (2.5, None)), strict=True):
+            times = median(b / a for (a, _), b in zip(seconds[name], theirs, strict=True))
+            rows.append(row(f"tokens/s over nanoGPT's: {name}", times, "x", target=target))
+    last = max(1, rounds // 10)
+    for name in (name for name in ways if "limit" not in name):
+        rows.append(
+            row(f"loss, mean of the last {last} of {rounds + 1} steps: {name}", np.mean(losses[name][-last:]), "")
+        )
+    return rows
+
+
+def start_process(make, *arguments):
+    """A process that makes a step function and, for every batch sent, answers (wall seconds, CPU seconds, loss)."""
+    ours, theirs = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, make, *arguments), daemon=True).start()
+    return ours
+
+
+def serve(pipe, make, *arguments):
+    step = make(*arguments)
+    while (batch := pipe.recv()) is not None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).item()
+        pipe.send((time.perf_counter() - wall, time.process_time() - cpu, loss))
+
+
+def our_step(dtype, vocab_size):
+    train.keep_memory()
+    model = GPT(GPTConfig(**SHAPE, vocab_size=vocab_size), dtype)
+    init_weights(model, 1)
+    cfg, steps = train.Config(lr=6e-3, warmup=20), iter(range(1, 10**9))
+    optimizer = train.make_optimizer(model, cfg, "cpu", None)
+
+    def step(x, y):
+        loss, _, _ = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr_at(min(next(steps), 20), 20, cfg) * group["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def nanogpt_step(folder, vocab_size):
+    """A step of nanoGPT's train.py on a CPU: float32, its own model, optimizer and learning rate (character config)."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    nanogpt = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    torch.manual_seed(1337)
+    model = nanogpt.GPT(nanogpt.GPTConfig(**SHAPE, vocab_size=vocab_size, dropout=0.0, bias=False))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+
+    def step(x, y):
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def matmul_step(dtype):
+    a, b = torch.randn(2, 1024, 1024, dtype=dtype)
+
+    def step(x, y):
+        for _ in range(20):
+            c = a @ b
+        return c[0, 0]
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------- table
+
+SECTIONS = {"mix": bench_mix, "tokenizer": bench_tokenizer, "model": bench_model}
+
+
+def machine():
+    """What the numbers were measured on, {name: text}."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next(
+            (line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+        )
+    packages = ", ".join(f"{p.__name__} {p.__version__}" for p in (torch, np, tiktoken))
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only",
+        "CPU": f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else cpu,
+        "versions": f"Python {platform.python_version()}, {packages}",
+    }
+
+
+def verdict(r):
+    if not r["target"]:
+        return ""
+    least, most = r["target"]
+    asked = f">= {least}" if most is None else f"< {most}" if not least else f"{least} to {most}"
+    return f"{asked}: {'met' if r['met'] else 'MISSED'}"
+
+
+def print_table(section, rows):
+    print(f"\n{section:<58}{'measured':>12} {'':<11}{'per CPU-s':>10}{'of limit':>10}  target")
+    for r in rows:
+        numbers = [f"{r[key]:,.4g}" if r[key] is not None else "" for key in ("value", "per_cpu")]
+        share = "" if r["of_limit"] is None else f"{r['of_limit']:.3f}x"
+        print(f"{r['what']:<58}{numbers[0]:>12} {r['unit']:<11}{numbers[1]:>10}{share:>10}  {verdict(r)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SECTIONS, help="one section")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="model: a clone of nanoGPT to compare with")
+    parser.add_argument("--rounds", type=int, default=7, help="model: steps to time")
+    args = parser.parse_args()
+    about, tables = machine(), {}
+    print("\n".join(f"{name:<9} {text}" for name, text in about.items()))
+    for section, bench in SECTIONS.items():
+        if args.only in (None, section):
+            tables[section] = bench(args.nanogpt, args.rounds) if section == "model" else bench()
+            print_table(section, tables[section])
+    if args.json:
+        args.json.write_text(json.dumps({"machine": about, "sections": tables}, indent=1, default=float))
+
+
+if __name__ == "__main__":
+    main()
