@@ -1,0 +1,432 @@
+"""Promises of prepare.py, corpus.py and tokenizer/."""
+
+import ast
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+
+import corpus
+import prepare
+import tokenizer
+
+ROOT = Path(__file__).parent
+CL100K = (  # as OpenAI writes it today, with possessive quantifiers
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+HARD = [
+    "",
+    "".join(map(chr, range(256))),
+    "emoji \U0001f469\u200d\U0001f469\u200d\U0001f467 flags \U0001f1eb\U0001f1f7 combining e\u0301 \u4f60\u597d \ufeff",
+    "def f(x):\r\n\treturn x\r\n\r\n\t\t# tabs\n",
+    " " * 10_000,
+    "x" + " " * 10_000 + "\n" * 300 + "y",
+    "I'll WE'VE 1234567890 a_b.c->d --- === <|endoftext|> <sep>",
+    "a" * 3_000,
+]
+
+
+def naive_bpe(text, encoding, n_ranks):
+    """The definition: split, then merge the pair of lowest rank, leftmost first, while one is below n_ranks."""
+    ranks, ids = encoding._mergeable_ranks, []
+    for word in regex.findall(CL100K, text):
+        parts = [bytes([b]) for b in word.encode()]
+        while len(parts) > 1:
+            rank, i = min((ranks.get(a + b, n_ranks), i) for i, (a, b) in enumerate(pairwise(parts)))
+            if rank >= n_ranks:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [ranks[part] for part in parts]
+    return ids
+
+
+def command(*words, piece=8 << 20, before=""):
+    """`python prepare.py *words`, with pieces of `piece` bytes; `before` is run first in the same process."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; prepare.PIECE = {piece}\n{before}\n"
+    return [sys.executable, "-c", code + "prepare.main()", *words]
+
+
+def run_prepare(*words, cwd, **patches):
+    return subprocess.run(command(*words, **patches), cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def shards(folder, split="*"):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(f"{split}-*.bin"))}
+
+
+def read_back(folder, split="*"):
+    """The documents in a source's shards, as text."""
+    encoding = tokenizer.load()
+    found = []
+    for data in shards(folder, split).values():
+        ids = np.frombuffer(data, "<u2")
+        ends = np.flatnonzero(ids == tokenizer.eot(encoding))
+        assert not len(ids) or ends[-1] == len(ids) - 1
+        found += [encoding.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """400 documents of words, sizes from a line to some kilobytes."""
+    draw = random.Random(0)
+    words = ["def", "return", "the", "of", "and", "class", "self", "42", "x_1", "naïve", "木", "\t", "\n\n"]
+    return ["".join(draw.choice(words) + " " for _ in range(draw.randint(5, 900))) + f"#{i}" for i in range(400)]
+
+
+def write_jsonl(path, texts, field="text"):
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return path
+
+
+# tokenizer
+
+
+@pytest.mark.parametrize("vocab_size", [320, 8192, 32_064])
+def test_encoding_and_decoding_is_the_identity_on_hard_inputs(vocab_size):
+    encoding = tokenizer.load(vocab_size=vocab_size)
+    for text in HARD:
+        assert encoding.decode_bytes(encoding.encode_ordinary(text)) == text.encode()
+    assert encoding.decode_bytes(range(256)) == bytes(range(256))
+
+
+@pytest.mark.parametrize("vocab_size", [320, 1000, 8192, 32_064])
+def test_any_vocab_size_takes_the_first_ranks_and_means_bpe_with_that_many(vocab_size):
+    full, cut = tokenizer.load(), tokenizer.load(vocab_size=vocab_size)
+    source = Path(ast.__file__).read_text()[:6000]
+    for text in [*(t[:2000] for t in HARD), source]:
+        assert cut.encode_ordinary(text) == naive_bpe(text, full, vocab_size - 64)
+    assert cut.n_vocab == vocab_size and tokenizer.eot(cut) == vocab_size - 64
+    names = [name for name, _ in sorted(cut._special_tokens.items(), key=lambda item: item[1])]
+    assert len(names) == 64 and names[:2] == ["<|endoftext|>", "<|fim_prefix|>"]
+    assert names[22:26] == ["<|sys_end|>", "<sep>", "<eom>", "<mask_1>"] and names[-1] == "<mask_39>"
+
+
+def test_hugging_face_gives_the_same_ids():
+    hf = pytest.importorskip("tokenizers")
+    encoding = tokenizer.load(vocab_size=8192)
+    letters = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}  # GPT-2's bytes to characters
+    letters |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
+    ranks, merges = encoding._mergeable_ranks, []
+    spell = {token: "".join(letters[b] for b in token) for token in ranks}
+    for token, rank in ranks.items():
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            _, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((spell[parts[0]], spell[parts[1]]))
+    other = hf.Tokenizer(hf.models.BPE({spell[token]: rank for token, rank in ranks.items()}, merges))
+    other.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [
+            hf.pre_tokenizers.Split(hf.Regex(tokenizer.PATTERN), "isolated"),
+            hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    texts = [*HARD, *(path.read_text() for path in sorted(Path(ast.__file__).parent.glob("*.py"))[:30])]
+    assert all(other.encode(text).ids == encoding.encode_ordinary(text) for text in texts)
+
+
+def test_the_digest_tells_vocabularies_apart_and_byte_lengths_add_up():
+    full, small = tokenizer.load(), tokenizer.load(vocab_size=8192)
+    assert tokenizer.digest(full) == tokenizer.digest(tokenizer.load()) != tokenizer.digest(small)
+    text = "".join(HARD)
+    ids = small.encode_ordinary(text)
+    assert tokenizer.byte_lengths(small)[ids].sum() == len(text.encode())
+    assert tokenizer.byte_lengths(small)[-64:].sum() == 0
+    ranks = dict(small._mergeable_ranks)
+    ranks[b" the"], ranks[b"or"] = ranks[b"or"], ranks[b" the"]
+    specials = small._special_tokens
+    swapped = tiktoken.Encoding("x", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+    assert tokenizer.digest(swapped) != tokenizer.digest(small)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "said"),
+    [("gtp2", None, "gtp2"), ("nanocrystal", 319, "320"), ("nanocrystal", 32_065, "32064"), ("nanocrystal", 0, "320")],
+)
+def test_a_tokenizer_that_cannot_be_had_is_refused_in_words(name, vocab_size, said):
+    with pytest.raises(tokenizer.TokenizerError, match=said):
+        tokenizer.load(name, vocab_size)
+
+
+def test_an_encoding_that_cannot_be_fetched_says_what_to_do(monkeypatch):
+    def offline(name):
+        raise ConnectionError
+
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    with pytest.raises(tokenizer.TokenizerError, match="TIKTOKEN_CACHE_DIR"):
+        tokenizer.load("gpt2")
+
+
+# prepare.py: what comes out
+
+
+def test_any_number_of_workers_and_machines_writes_the_same_bytes(tmp_path, documents):
+    write_jsonl(tmp_path / "a.jsonl", documents[:250])
+    with lzma.open(tmp_path / "b.jsonl.xz", "wt") as f:
+        f.writelines(json.dumps({"text": text}) + "\n" for text in documents[250:])
+    words = ["s=a.jsonl,b.jsonl.xz", "--val=0.1"]
+    for workers in (1, 4):
+        result = run_prepare(*words, f"--workers={workers}", f"--out=w{workers}", cwd=tmp_path, piece=20_000)
+        assert result.returncode == 0, result.stderr
+    for k in (2, 0, 1):
+        assert not shards(tmp_path / "m/s")
+        assert run_prepare(*words, f"--shard={k}/3", "--out=m", cwd=tmp_path, piece=20_000).returncode == 0
+    one = shards(tmp_path / "w1/s")
+    assert one and one == shards(tmp_path / "w4/s") == shards(tmp_path / "m/s")
+    assert sorted(read_back(tmp_path / "w1/s")) == sorted(documents)
+    order = [documents.index(text) for text in read_back(tmp_path / "w1/s", "train")]
+    assert abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.2  # shuffled over all inputs
+    assert 0.02 < len(read_back(tmp_path / "w1/s", "val")) / len(documents) < 0.3
+
+
+def test_meta_json_describes_the_shards(tmp_path, documents):
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    shard = "prepare.SHARD = 30_000"
+    assert run_prepare("s=a.jsonl", "--val=0.1", cwd=tmp_path, piece=50_000, before=shard).returncode == 0
+    meta = json.loads((tmp_path / "data/s/meta.json").read_text())
+    encoding = tokenizer.load()
+    assert meta["tokenizer"] == {
+        "name": "nanocrystal", "vocab_size": 32_064, "eot": 32_000, "sha256": tokenizer.digest(encoding)
+    }  # fmt: skip
+    for split in ("train", "val"):
+        files = shards(tmp_path / "data/s", split)
+        assert list(files) == [entry["file"] for entry in meta[split]["shards"]]
+        for entry in meta[split]["shards"]:
+            data = files[entry["file"]]
+            ids = np.frombuffer(data, "<u2").tolist()
+            assert entry["tokens"] == len(ids) and entry["documents"] == ids.count(32_000)
+            assert entry["bytes"] == len(encoding.decode_bytes([i for i in ids if i != 32_000]))
+            assert entry["sha256"] == hashlib.sha256(data).hexdigest()
+        assert meta[split]["tokens"] == sum(entry["tokens"] for entry in meta[split]["shards"])
+    assert len(meta["train"]["shards"]) > 2
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == sum(len(text.encode()) for text in documents)
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_run_again_it_keeps_what_was_done_and_ends_in_the_same_bytes(tmp_path, documents, death):
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    words = ["s=a.jsonl", "--val=0.1", "--workers=2"]
+    assert run_prepare(*words, "--out=whole", cwd=tmp_path, piece=5_000).returncode == 0
+    slow = "write = prepare.write\nprepare.write = lambda *a: (prepare.time.sleep(0.02), write(*a))"
+    torn = command(*words, "--out=torn", piece=5_000, before=slow)
+    process = subprocess.Popen(torn, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    runs = lambda: list((tmp_path / "torn").glob("s/runs-*/*.json"))
+    until = time.time() + 30
+    while len(runs()) < 20 and time.time() < until:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split() if children.exists() else []
+    process.send_signal(death)
+    assert process.wait(timeout=20) == (-signal.SIGKILL if death == signal.SIGKILL else 130)
+    kept = len(runs())
+    assert kept >= 20 and not list((tmp_path / "torn").glob("s/*.bin"))
+    count = "n, finish = [], prepare.finish\nprepare.finish = lambda *a: (n.append(1), finish(*a))\n"
+    count += "import atexit; atexit.register(lambda: print('encoded', len(n)))"
+    result = run_prepare(*words, "--out=torn", cwd=tmp_path, piece=5_000, before=count)
+    assert result.returncode == 0, result.stderr
+    pieces = -(-(tmp_path / "a.jsonl").stat().st_size // 5_000)
+    assert kept <= pieces - int(result.stdout.split()[-1]) <= kept + 4
+    assert shards(tmp_path / "torn/s") == shards(tmp_path / "whole/s")
+    assert sorted(p.name.split("-")[0] for p in (tmp_path / "torn/s").iterdir()) == ["meta.json", "train", "val"]
+    for pid in workers:
+        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    again = run_prepare(*words, "--out=torn", cwd=tmp_path, piece=5_000)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+def test_special_tokens_spelt_in_a_document_are_plain_bytes(tmp_path):
+    text = "before<|endoftext|>after <|fim_middle|> <sep> " * 3
+    (tmp_path / "a.txt").write_text(text)
+    assert run_prepare("s=a.txt", "--val=0", cwd=tmp_path).returncode == 0
+    assert read_back(tmp_path / "data/s") == [text]
+
+
+def test_equal_documents_are_kept_once_wherever_they_lie(tmp_path, documents):
+    twice = documents[:200]
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in/a.jsonl", documents + twice)
+    write_jsonl(tmp_path / "in/b.jsonl", twice)
+    (tmp_path / "in/c.txt").write_bytes(documents[0].encode())
+    assert run_prepare("s=in", "--val=0.2", cwd=tmp_path, piece=10_000).returncode == 0
+    train, val = (read_back(tmp_path / "data/s", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(documents) and not set(train) & set(val)
+    assert json.loads((tmp_path / "data/s/meta.json").read_text())["duplicates"] == 401
+
+
+def test_what_is_no_document_is_counted_and_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/good.txt").write_text("good text\r\n")
+    (tmp_path / "in/empty.txt").write_text(" \n")
+    (tmp_path / "in/latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "in/image.txt").write_bytes(b"PNG\0\0\1")
+    (tmp_path / "in/bom.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    rows = ['{"text": "row"}', '{"text": 3}', '{"text": "\\ud800"}', "not json", '{"body": 1}', ""]
+    (tmp_path / "in/rows.jsonl").write_text("\n".join(rows))
+    with gzip.open(tmp_path / "in/cut.jsonl.gz", "wb") as f:
+        f.write(b"".join(json.dumps({"text": os.urandom(99).hex()}).encode() + b"\n" for _ in range(400)))
+    data = (tmp_path / "in/cut.jsonl.gz").read_bytes()
+    (tmp_path / "in/cut.jsonl.gz").write_bytes(data[: len(data) // 2])
+    result = run_prepare("s=in", "--val=0", cwd=tmp_path, piece=10_000)
+    assert result.returncode == 0, result.stderr
+    assert {"good text\r\n", "marked", "row"} <= set(read_back(tmp_path / "data/s"))
+    for line in ("1 empty: ", "4 not UTF-8 text: ", "2 not a JSON object with 'text': ", "1 damaged"):
+        assert line in result.stdout, line
+    for name in ("empty.txt", "latin.txt", "image.txt", "rows.jsonl", "cut.jsonl.gz"):
+        assert name in result.stdout, name
+
+
+def test_huge_documents_are_cut_at_line_ends_and_nothing_is_lost(tmp_path):
+    text = "".join(f"line {i} of a long book\n" for i in range(5000)) + "".join(f"é{i}木" for i in range(10_000))
+    (tmp_path / "a.txt").write_text(text)
+    before = "prepare.LONGEST_LINE = 3_000"
+    result = run_prepare("s=a.txt", "--val=0", cwd=tmp_path, piece=10_000, before=before)
+    assert result.returncode == 0 and "huge, cut into parts" in result.stdout and "not UTF-8" not in result.stdout
+    parts = read_back(tmp_path / "data/s")
+    assert len(parts) > 10 and sorted("".join(parts)) == sorted(text)
+    assert all(part in text for part in parts)
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 32_064])
+def test_long_documents_are_encoded_in_stretches_to_the_same_ids(monkeypatch, vocab_size, documents):
+    encoding = tokenizer.load(vocab_size=vocab_size)
+    monkeypatch.setattr(prepare, "ENCODING", encoding, raising=False)
+    monkeypatch.setattr(prepare, "EOT", 7, raising=False)
+    text = "\n".join(documents) + "\r\n  def f(): return 'x'  # don't\n\n\n   \n" * 500 + Path(ast.__file__).read_text()
+    whole = [*encoding.encode_ordinary(text), 7]
+    for stretch in (300, 999, 5000):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "STRETCH", stretch)
+            assert prepare.encode(text).tolist() == whole
+    for text in (" " * 3_000_000, "\n" * 1_500_000 + "x", "ab" * 500_000, "^" * 1_000_000):
+        assert encoding.decode(prepare.encode(text)[:-1].tolist()) == text
+
+
+def test_few_long_documents_give_val_their_ends(tmp_path):
+    text = "to be or not to be that is the question\n" * 2000
+    (tmp_path / "a.txt").write_text(text)
+    result = run_prepare("s=a.txt", "--val=0.1", cwd=tmp_path)
+    assert "the end of every document" in result.stdout
+    [train], [val] = (read_back(tmp_path / "data/s", split) for split in ("train", "val"))
+    assert train + val == text and abs(len(val) / len(text) - 0.1) < 0.01
+
+
+def test_every_reader_gives_the_same_shards(tmp_path, documents):
+    rows = "".join(json.dumps({"body": text}) + "\n" for text in documents).encode()
+    halves = rows[:300_000], rows[300_000:]  # a compressed file may be several joined together
+    (tmp_path / "folder").mkdir()
+    for i, text in enumerate(documents):
+        (tmp_path / f"folder/{i}.{('txt', 'md', 'py', 'rs')[i % 4]}").write_bytes(text.encode())
+    (tmp_path / "folder/.hidden.txt").write_text("hidden")
+    (tmp_path / "folder/picture.png").write_text("not a source file")
+    (tmp_path / "a.jsonl").write_bytes(rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)))
+    (tmp_path / "a.jsonl.xz").write_bytes(b"".join(map(lzma.compress, halves)))
+    words = ["folder=folder", "glob=folder/*.[tm]*,folder/*.py", "folder/*.rs"]
+    words += ["plain=a.jsonl", "gz=a.jsonl.gz", "xz=a.jsonl.xz"]
+    names = ["folder", "glob", "plain", "gz", "xz", "hub"]
+    if prepare.find_spec("zstandard"):
+        import zstandard
+
+        (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, halves)))
+        words, names = [*words, "zst=a.jsonl.zst"], [*names, "zst"]
+    if prepare.find_spec("pyarrow"):
+        from pyarrow import parquet, table
+
+        parquet.write_table(table({"id": range(400), "body": documents}), tmp_path / "a.parquet")
+        words, names = [*words, "parquet=a.parquet"], [*names, "parquet"]
+    # a stand-in for the package `datasets`, with the one function that is used
+    (tmp_path / "datasets.py").write_text(
+        "import json\ndef load_dataset(path, config, split, streaming):\n"
+        "    assert (path, config, split, streaming) == ('some/set', 'part', 'train', True)\n"
+        "    return map(json.loads, open('a.jsonl'))"
+    )
+    before = "sys.path.insert(0, '.')"
+    result = run_prepare(*words, "hub=hf:some/set:part", "--field=body", "--val=0.1", cwd=tmp_path, before=before)
+    assert result.returncode == 0, result.stderr
+    assert all(shards(tmp_path / "data" / name) == shards(tmp_path / "data/plain") != {} for name in names)
+    assert sorted(read_back(tmp_path / "data/plain")) == sorted(documents)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["text=nowhere/"], "nowhere"),
+        (["a.txt"], "text=a.txt"),
+        (["text=a.txt", "--val=1.5"], "--val"),
+        (["text=a.txt", "--shard=4/4"], "--shard"),
+        (["text=a.txt", "--tokenizer=gtp2"], "gtp2"),
+        (["text=a.txt", "--vocab_size=100"], "320"),
+        (["text=a.txt", "--wrokers=4"], "--wrokers"),
+        (["text=a.jsonl", "--field=body"], "'body'"),
+        (["text=hf:some/set"], "pip install datasets"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2_and_leaves_no_trace(tmp_path, words, said):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+    result = run_prepare(*words, cwd=tmp_path, before="prepare.find_spec = lambda name: None")
+    assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.txt"]
+
+
+def test_prepared_data_is_replaced_only_with_fresh(tmp_path):
+    (tmp_path / "a.txt").write_text("the first text " * 50)
+    assert run_prepare("s=a.txt", "--val=0", cwd=tmp_path).returncode == 0
+    (tmp_path / "a.txt").write_text("another text " * 50)
+    refused = run_prepare("s=a.txt", "--val=0", cwd=tmp_path)
+    assert refused.returncode == 2 and "--fresh" in refused.stderr
+    assert read_back(tmp_path / "data/s") == ["the first text " * 50]
+    assert run_prepare("s=a.txt", "--val=0", "--fresh", cwd=tmp_path).returncode == 0
+    assert read_back(tmp_path / "data/s") == ["another text " * 50]
+
+
+# corpus.py
+
+
+def test_docstrings_become_prose_and_leave_the_source():
+    source = (
+        '"""Module docstring of more than six words."""\nfrom __future__ import annotations\n\n\nclass A:\n'
+        '    """The docstring of the class A, too.\n\n    Indented text of it.\n    """\n\n    def only(self):\n'
+        '        """Nothing but a docstring is in here."""\n\n'
+        '    def f(self): "one line holds all of this function"; return 1\n'
+        '\n    def short(self):\n        """Too short."""\n        return "é"\n'
+    )
+    text, code = corpus.split_module(source.encode(), "pkg.mod")
+    tree = ast.parse(code)
+    compile(code, "code", "exec")
+    assert text.startswith("# pkg.mod\n\n") and "one line holds all" in text and "Too short" not in text
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    assert [doc for doc in docs if doc] == ["Too short."]
+    assert "return 1" in code and "        ...\n" in code and "class A:" in code
+
+
+def test_the_default_corpus_has_no_passage_in_both_sources():
+    with ThreadPoolExecutor(1) as pool:
+        kept = corpus.collect(pool, 400_000, 600_000)
+        again = corpus.collect(pool, 400_000, 600_000)
+    assert kept == again
+    sizes = {side: sum(map(len, documents)) for side, documents in kept.items()}
+    assert sizes["text"] >= 400_000 and 600_000 <= sizes["code"] <= 900_000
+    for code in kept["code"]:
+        ast.parse(code)
+    lines = {line.strip() for code in kept["code"] for line in code.splitlines() if len(line.strip()) > 60}
+    prose = {line.strip() for text in kept["text"] for line in text.splitlines() if len(line.strip()) > 60}
+    assert len(prose) > 1000 and len(lines & prose) <= len(prose) / 1000
