@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -575,6 +576,15 @@ def test_accumulation_gives_the_loss_of_the_whole_batch(phases, tmp_path, straig
     assert got == pytest.approx(want, rel=1e-5)
 
 
+def test_wandb_gets_the_records_of_the_log(phases, tmp_path, monkeypatch):
+    sent = []
+    fake = SimpleNamespace(init=lambda **how: SimpleNamespace(log=lambda record, step: sent.append((step, record))))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert train.main(phases("a", wandb="project")) == 0
+    logged = [json.loads(line) for line in (tmp_path / "out/a/log.jsonl").read_text().splitlines()]
+    assert sent == [(record["tokens"], record) for record in logged]
+
+
 def test_losses_by_source_are_the_means_over_their_rows():
     token_loss, source = torch.rand(6, 5, dtype=torch.float32), torch.tensor([0, 2, 0, 2, 2, 0])
     sums = torch.zeros(2, 3, dtype=torch.float64)
@@ -672,6 +682,7 @@ MISTAKES = {
     "a vocabulary too small for the data": (["--vocab_size=256"], "512"),
     "weights from nowhere": (["--init_from=nowhere"], "no checkpoint under nowhere"),
     "several processes": (["--seed=1"], "several processes"),
+    "an out folder that is a file": ([f"--out={__file__}"], "test_smoke.py"),
 }
 
 

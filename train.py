@@ -23,6 +23,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -409,7 +410,10 @@ def open_sources(cfg, names):
         import prepare
 
         print(f"{folder}/ is empty: preparing text and code from this Python installation")
-        prepare.prepare_default(folder)
+        try:
+            prepare.prepare_default(folder)
+        except subprocess.CalledProcessError as error:  # it has said why
+            raise ConfigError("the default corpus could not be prepared") from error
     return {name: Source(folder / name, "train", cfg.block_size) for name in names}
 
 
@@ -460,13 +464,15 @@ class Feeder:
 
     def read(self, lo, hi):
         rows, source = (torch.from_numpy(array) for array in self.phase.mix.batch(lo, hi))
-        return (rows.pin_memory(), source.pin_memory()) if self.device == "cuda" else (rows, source)
+        if self.device == "cuda":  # rows travel as uint16, a quarter of the bytes
+            return rows.pin_memory(), source.pin_memory()
+        return rows.long(), source
 
     def __call__(self):
         """-> tokens (micro, T), targets (micro, T), source (micro,), all int64 on the device."""
         rows, source = self.future.result()
         self.future = self.submit()
-        rows = rows.to(self.device, non_blocking=True).long()  # travels as uint16, a quarter of the bytes
+        rows = rows.to(self.device, non_blocking=True).long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), source.to(self.device, non_blocking=True)
 
 
@@ -519,7 +525,7 @@ def evaluate(model, sets, micro, device, stop):
         for lo in range(0, len(rows), micro):
             if stop:
                 return None
-            batch = torch.from_numpy(rows[lo : lo + micro]).to(device).long()
+            batch = torch.from_numpy(rows[lo : lo + micro]).long().to(device)
             loss += model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].double().sum().item()
         tokens = rows[:, 1:].size
         bpb = loss / math.log(2) / n_bytes if n_bytes else None
@@ -555,8 +561,8 @@ def find_progress(named):
     return 0, None
 
 
-def check_checkpoint(folder, state, model, meta):
-    """Refuse weights of another shape or for other ids. Data are checked with the mix, where positions matter."""
+def check_checkpoint(folder, state, model, meta, sources, phase, inside):
+    """Refuse weights of another shape or for other ids, positions in other data and, inside a phase, another order."""
     now = dataclasses.asdict(model.config)
     for knob, value in state["model"].items():
         if now[knob] != value:
@@ -564,17 +570,25 @@ def check_checkpoint(folder, state, model, meta):
                 f"{folder} holds a model with {knob} = {value!r}, the configuration says {now[knob]!r};"
                 " use --out for another folder, or --fresh to start over"
             )
-    if meta and state["tokenizer"] and meta["sha256"] != state["tokenizer"]["sha256"]:
-        old = state["tokenizer"]
+    old = state["tokenizer"]
+    if meta and old and meta["sha256"] != old["sha256"]:
         raise CheckpointError(
             f"{folder} was trained on ids of {old['name']} ({old['vocab_size']:,}),"
             f" the data has ids of {meta['name']} ({meta['vocab_size']:,})"
         )
+    for name, was in state["mix"]["sources"].items():
+        if name in sources and sources[name].sha256 != was["sha256"]:
+            raise MixError(f"{sources[name].name} is not the {name} that {folder} was trained on; give it another name")
+    if inside:
+        check_identity(state["mix"], phase.mix.identity())
+        if state["sample"] != state["step"] * phase.rows:
+            batch = state["config"]["batch"]
+            raise CheckpointError(f"{folder} was made with batch = {batch:,}, which stays the same inside a phase")
 
 
 def rehearse(model, phase, device):
     """Tokens a second of one micro-batch forward and backward: compiles, finds a lack of memory, leaves no trace."""
-    rows = torch.from_numpy(phase.mix.batch(0, phase.micro)[0]).to(device).long()
+    rows = torch.from_numpy(phase.mix.batch(0, phase.micro)[0]).long().to(device)
     for _ in range(2):  # the first one compiles and allocates
         synchronize(device)
         start = time.perf_counter()
@@ -701,23 +715,20 @@ def wandb_run(cfg, name):
 
 
 def format_val(values):
-    each = (
+    return "   ".join(
         f"{name} {v['loss']:.4f}" + (f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "") for name, v in values.items()
     )
-    return "   ".join(each)
 
 
 def report(phase):
     """The table at the end of a phase: held-out loss before and after, from its log."""
     with open(phase.folder / "log.jsonl") as f:
         evaluations = [record["val"] for line in f if "val" in (record := json.loads(line))]
-    print(
-        f"\n{phase.name}: {'held-out source':<20} {'loss before':>12} {'after':>8} {'bits/byte before':>17} {'after':>8}"
-    )
+    print(f"\n{phase.name:<8} held out               loss before    after   bits/byte before    after")
     for name, before in evaluations[0].items():
         after = evaluations[-1][name]
-        bits = f"{before['bpb']:17.4f} {after['bpb']:8.4f}" if before["bpb"] else ""
-        print(f"{'':<{len(phase.name) + 1}} {name:<22} {before['loss']:12.4f} {after['loss']:8.4f} {bits}")
+        bits = f"   {before['bpb']:16.4f} {after['bpb']:8.4f}" if before["bpb"] else ""
+        print(f"         {name:<22} {before['loss']:11.4f} {after['loss']:8.4f}{bits}")
 
 
 def show_changes(saved, cfg):
@@ -750,22 +761,13 @@ def train(named, fresh):
     if not vocab_real:
         raise ConfigError(f"{cfg.data}/ has no meta.json that names a tokenizer; say --vocab_size=...")
     model = GPT(model_config(cfg, vocab_real), dtype)
-    if before:
-        check_checkpoint(before, state, model, meta)
     if folder:  # the phase began where its own checkpoint says
         start, tokens = state["start"], state["first_token"]
     else:
         start, tokens = (state["drawn"], state["tokens"]) if before else ({}, 0)
     phases = build_phases(named[index:], sources, start, tokens)
-    for name, was in state["mix"]["sources"].items() if before else ():
-        if name in sources and sources[name].sha256 != was["sha256"]:
-            raise MixError(f"{cfg.data}/{name} is not the {name} that {before} was trained on; give it another name")
-    if folder:
-        check_identity(state["mix"], phases[0].mix.identity())
-        if state["sample"] != state["step"] * phases[0].rows:
-            raise CheckpointError(
-                f"{folder} was made with batch = {state['config']['batch']:,}; inside a phase it stays"
-            )
+    if before:
+        check_checkpoint(before, state, model, meta, sources, phases[0], inside=bool(folder))
 
     machine, peak = describe(device, dtype, compiled)
     print_plan(phases, model, machine)
@@ -813,11 +815,10 @@ def show_plan(named):
     """The plan alone; sizes of sources that are not on this disk are taken from source_tokens."""
     cfg, sources = named[0][1], {}
     for name in sorted({name for _, c in named for name in c.mix}):
+        folder = Path(cfg.data) / name
         tokens = next((c.source_tokens[name] for _, c in named if name in c.source_tokens), None)
-        missing = tokens and not (Path(cfg.data) / name).is_dir()
-        sources[name] = (
-            int(tokens) // cfg.block_size if missing else Source(Path(cfg.data) / name, "train", cfg.block_size)
-        )
+        is_here = folder.is_dir() or tokens is None
+        sources[name] = Source(folder, "train", cfg.block_size) if is_here else int(tokens) // cfg.block_size
     phases = build_phases(named, sources, {}, 0)
     meta, _ = the_tokenizer({name: source for name, source in sources.items() if isinstance(source, Source)})
     vocab_real = meta["vocab_size"] if meta else cfg.vocab_size or tokenizer.load().n_vocab
@@ -838,7 +839,7 @@ def main(argv):
             raise ConfigError("training on several processes is not built yet; start one process, without torchrun")
         else:
             train(named, "fresh" in flags)
-    except (ConfigError, MixError, CheckpointError, TokenizerError) as error:
+    except (ConfigError, MixError, CheckpointError, TokenizerError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

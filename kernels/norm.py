@@ -8,7 +8,7 @@ def add_norm(x, residual, weight, bias=None, eps=1e-5, rms=False, alpha=1.0):
     """r = residual + alpha * x; y = norm(r) * weight + bias.
 
     x: (..., d) branch output, any float dtype. residual: (..., d), or None: then r = alpha * x. weight, bias: (d,);
-    bias may be None, and with `rms` must be. alpha: multiplier of the branch. LayerNorm (arXiv 1607.06450) or, with `rms`,
+    bias may be None, and with `rms` must be. alpha: multiplier of the branch. LayerNorm (arXiv 1607.06450), with `rms`
     RMSNorm (arXiv 1910.07467); the arithmetic is fp32 at least, on r as stored.
     Returns (y, r), both (..., d) in the dtype of the residual stream.
     """

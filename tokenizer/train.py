@@ -2,7 +2,7 @@
 Trains the shipped tokenizer: a byte-level BPE of 32,000 ranks, half of its sample text and half code, by bytes.
 
     pip install tokenizers
-    D=../shared/data
+    D=corpora  # Wikipedia, books, documentation; Python, web and systems code; openly licensed or public domain
     python -m tokenizer.train --bytes=240M \
         text=$D/text_wiki.jsonl.xz,$D/text_books.jsonl.xz,$D/text_web_docs.jsonl.xz \
         code=$D/code_python.jsonl.xz,$D/code_web.jsonl.xz,$D/code_systems.jsonl.xz
