@@ -69,10 +69,13 @@ def save(root, step, tensors, state, keep):
             shutil.rmtree(final)
         temporary.rename(final)
         sync(root)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        failure = error if isinstance(error, OSError) else error.__context__  # torch wraps a failed write
+        if not isinstance(failure, OSError):
+            raise
         raise CheckpointError(
-            f"could not save {final}: {str(error).splitlines()[0]}; free some space and run the same command again,"
+            f"could not save {final}: {failure.strerror}; free some space and run the same command again,"
             " it continues from the last checkpoint"
         ) from error
     for old in complete(root)[:-keep]:

@@ -9,7 +9,7 @@ What is unusual in it, for someone who knows GPT-2 or Llama:
 - One tied matrix for input and output (`tie`), its rows padded to what GPUs like; padding gets no probability.
 - `parallel` sums attention and MLP of one norm, as in To Code, or Not To Code (arXiv 2408.10914) and GPT-J.
 - The residual is added inside the norm, and head and loss are one operation (`kernels/`); `forward` returns the loss.
-- Weights stay fp32; every product is taken in `dtype`, by a cast at the point of use, so no autocast context is needed.
+- Weights stay fp32; products and the residual stream are in `dtype`, by casts where they are used, without autocast.
 - Every parameter is drawn from a generator named after it: the same weights on one device, on many, or born on `meta`.
 
     model = GPT(GPTConfig(**PRESETS["nano"])); init_weights(model, seed=1)
@@ -52,7 +52,7 @@ class GPTConfig:
     tie: bool = True
     rotary: float = 0.25  # share of each head's channels that rotate
     parallel: bool = False
-    mup_base: int = 256  # width at which muP is the identity; 0: standard parametrisation
+    mup_base: int = 256  # width from which muP scales; 0: standard parametrisation
 
     def __post_init__(self):
         self.n_inner = self.n_inner or -(-(8 * self.n_embd // 3) // 64) * 64

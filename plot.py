@@ -14,6 +14,8 @@ def read_logs(folder):
     """Records of every log.jsonl in or right under a folder, in order of tokens. A half-written line is left out."""
     records = []
     for path in sorted([*Path(folder).glob("log.jsonl"), *Path(folder).glob("*/log.jsonl")]):
+        if ".old-" in path.parent.name:  # set aside by --fresh
+            continue
         for line in path.read_text().splitlines():
             try:
                 records.append(json.loads(line))
@@ -23,14 +25,15 @@ def read_logs(folder):
 
 
 def series(records):
-    """-> {source: [(tokens, training loss)]}, {source: [(tokens, bits per byte or loss)]}, {phase: first token}."""
+    """-> {source: [(tokens, training loss)]}, {source: [(tokens, bits per byte)]}, {phase: first token}."""
     losses, held_out, phases = {}, {}, {}
     for r in records:
         phases.setdefault(r["phase"], r["tokens"])
         for name, loss in r.get("loss_by_source", {}).items():
             losses.setdefault(name, []).append((r["tokens"], loss))
         for name, value in r.get("val", {}).items():
-            held_out.setdefault(name, []).append((r["tokens"], value["bpb"] or value["loss"]))
+            if value["bpb"]:
+                held_out.setdefault(name, []).append((r["tokens"], value["bpb"]))
     return losses, held_out, phases
 
 
@@ -72,6 +75,9 @@ def main(argv):
         draw(records, to := args.to or Path(args.folder) / "curves.png")
     except ImportError:
         print("plot.py: needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"plot.py: {error}", file=sys.stderr)
         return 2
     print(f"wrote {to}")
     return 0

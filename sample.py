@@ -51,6 +51,10 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if not (args.n > 0 and args.tokens > 0 and args.temperature >= 0 and 0 < args.top_p <= 1):
+        parser.error("--n and --tokens are above 0, --temperature is not below 0, --top_p is in (0, 1]")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees none")
     try:
         prompt = Path(args.prompt[1:]).read_text() if args.prompt.startswith("@") else args.prompt
         model, encoding, _ = load_model(args.checkpoint, args.device)
@@ -58,7 +62,7 @@ def main(argv):
             raise tokenizer.TokenizerError(
                 "this checkpoint's data named no tokenizer, so ids cannot be turned into text"
             )
-    except (checkpoint.CheckpointError, tokenizer.TokenizerError, OSError) as error:
+    except (checkpoint.CheckpointError, tokenizer.TokenizerError, UnicodeDecodeError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     for i in range(args.n):

@@ -48,6 +48,16 @@ def reference_attention(q, k, v, mask, scale):
     return scores.softmax(-1) @ v
 
 
+def test_causal_attention_over_several_blocks_equals_dense_softmax_in_float64():
+    q, k, v = torch.randn(3, 1, 2, 300, 8, dtype=torch.float64, requires_grad=True)
+    expected = reference_attention(q, k, v, torch.ones(300, 300).tril().bool(), 8**-0.5)
+    got = attention(q, k, v)
+    assert torch.allclose(got, expected, atol=1e-12)
+    upstream = torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (got, expected)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["causal", "prefix", "document"])
 def test_attention_equals_dense_softmax_in_float64_under_every_mask(mode):
     B, H, T, D = 2, 3, 17, 8
@@ -78,7 +88,12 @@ def test_attention_with_a_cache_sees_what_a_full_pass_sees():
         assert torch.allclose(attention(q[:, :, -new:], k, v), whole[:, :, -new:], atol=1e-12)
 
 
+def far_angles(length, R):
+    return np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, R, 2) / R)
+
+
 def test_rotary_is_a_complex_multiplication_and_leaves_the_other_channels_alone():  # M3
+    assert torch.equal(rope_tables(2048, 32)[0], torch.from_numpy(np.cos(far_angles(2048, 32))).float())
     B, T, H, D, R = 2, 9, 3, 16, 8
     qkv = torch.randn(B, T, 3, H, D)
     cos, sin = rope_tables(64, R)
@@ -179,6 +194,15 @@ def test_linear_ce_equals_cross_entropy_on_full_logits_in_float64(case):  # T6
             assert not b.grad[real:].any()
 
 
+def test_linear_ce_in_bf16_loses_no_more_than_the_rounding_of_the_logits():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 32, generator=g).bfloat16(), torch.randn(500, 32, generator=g).bfloat16()
+    target = torch.randint(0, 500, (64,), generator=g)
+    logits = (x @ w.T).double()  # rounded to bf16
+    _, token_loss, _ = linear_ce(x, w, target)
+    assert (token_loss - F.cross_entropy(logits, target, reduction="none")).abs().max() < 1e-4
+
+
 # -------------------------------------------------------------------------------------------------------------- model
 
 
@@ -246,7 +270,7 @@ def reference_forward(model, tokens):
         {},
         {"bias": True, "tie": False},
         {"parallel": True},
-        {"norm": "rmsnorm", "rotary": 1.0},
+        {"norm": "rmsnorm", "rotary": 1.0, "bias": True},
         {"mup_base": 0, "rotary": 0.5},
     ],
     ids=str,
@@ -354,6 +378,30 @@ def test_generation_with_a_cache_takes_the_same_words_as_without():
     assert likeliest == with_cache
 
 
+def test_a_context_that_overflows_is_read_again_from_its_later_half():
+    model, prompt = tiny(block_size=8), torch.randint(0, 64, (1, 8))
+    words = list(model.generate(prompt, 4, temperature=0))
+    assert words[1] == model(torch.cat((prompt[:, 5:], torch.tensor([words[:1]])), 1))[:, -1].argmax().item()
+
+
+def test_sampling_follows_temperature_and_top_p():
+    from model import sample
+
+    g = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
+    sharp = torch.bincount(sample(logits, 0.5, 1.0, g)[:, 0], minlength=3) / 20_000
+    assert torch.allclose(sharp, torch.tensor([0.25, 0.09, 0.04]) / 0.38, atol=0.02)
+    assert (sample(logits, 1.0, 0.5, g) == 0).all()
+    assert set(sample(logits, 1.0, 0.51, g)[:, 0].tolist()) == {0, 1}
+
+
+def test_flops_are_the_stated_formula_on_counted_weights():
+    L, d, T, V = 2, 32, 16, 64
+    block = 4 * d * d + 3 * d * 128 + 2 * d  # attention, MLP of width 128, two norms
+    for tie in (True, False):
+        assert tiny(tie=tie).flops_per_token() == 6 * (L * block + d + V * d) + 12 * L * d * T
+
+
 def test_the_model_compiles_in_one_graph_to_the_same_loss_and_gradients():
     model, tokens = tiny(), torch.randint(0, 64, (2, 17))
     loss = model(tokens[:, :-1], tokens[:, 1:])[0]
@@ -363,6 +411,8 @@ def test_the_model_compiles_in_one_graph_to_the_same_loss_and_gradients():
     again = compiled(tokens[:, :-1], tokens[:, 1:])[0]
     again.backward()
     assert torch.allclose(loss, again) and torch.allclose(model.wte.weight.grad, expected, atol=1e-6)
+    with torch.no_grad():  # evaluation too
+        assert torch.allclose(compiled(tokens[:, :-1], tokens[:, 1:])[0], loss)
 
 
 # ----------------------------------------------------------------------------------------------- learning rates, plans
@@ -387,12 +437,14 @@ def test_the_seven_named_learning_rates_of_crystal():  # T2
     assert slope1 == pytest.approx(slope2, rel=2e-4)
     cosine = train.Config(lr=1.0, lr_end=0.1, decay="cosine", warmup=10)
     assert train.lr_at(55, 100, cosine) == pytest.approx(0.55) and train.lr_at(100, 100, cosine) == pytest.approx(0.1)
+    assert train.lr_at(50, 100, train.Config(lr=2.0, decay="constant", warmup=0.1)) == 2.0
 
 
 def test_the_laptop_phases_keep_crystals_proportions():  # T3
     (_, p1), (_, p2), (_, p3) = train.read_command_line([f"config/phase{i}.py" for i in (1, 2, 3)])[0]
     assert [p.share for p in (p1, p2, p3)] == [0.2477, 0.6661, 0.0862]
-    peak = p1.lr
+    peak = p1.lr_peak
+    assert p1.lr == peak
     assert p1.lr_end == p2.lr == pytest.approx(0.7319 * peak) and p2.lr_end == pytest.approx(0.0114 * peak)
     assert (p3.lr, p3.lr_end) == (pytest.approx(peak / 6), pytest.approx(peak / 60))
     assert [p.mix["code"] for p in (p1, p2, p3)] == [0.05, 0.63, 0.83]
@@ -452,7 +504,7 @@ def phases(tmp_path, data):
     )
     for i, name in enumerate(PHASES):
         mix = {"text": 0.9 - 0.4 * i, "code": 0.1 + 0.4 * i}
-        extra = "carry_optimizer = True\n" if name == "c" else ""
+        extra = "carry_optimizer = True\nlog_every = 3\n" if name == "c" else ""
         (tmp_path / f"{name}.py").write_text(
             f"{common}{extra}mix = {mix}\nshare = {[0.3, 0.5, 0.2][i]}\nlr_end = 1e-3\n"
         )
@@ -491,8 +543,9 @@ def straight(phases, tmp_path, uninterrupted):
 
 def test_three_phases_train_and_every_source_gets_better(straight):
     steps = [(r["phase"], r["step"]) for r in straight if "loss" in r]
-    assert steps == [(p, s) for p, n in zip(PHASES, (18, 30, 12), strict=True) for s in range(1, n + 1)]
-    assert [r["tokens"] for r in straight if "loss" in r] == [512 * n for n in range(1, 61)]
+    every = [*(("a", s) for s in range(1, 19)), *(("b", s) for s in range(1, 31)), *(("c", s) for s in (3, 6, 9, 12))]
+    assert steps == every
+    assert [r["tokens"] // 512 for r in straight if "loss" in r] == [*range(1, 49), 51, 54, 57, 60]
     first, last = ([r["val"] for r in straight if "val" in r][i] for i in (0, -1))
     for name in ("text", "code"):
         assert last[name]["bpb"] < 0.7 * first[name]["bpb"]
@@ -538,6 +591,90 @@ def test_sigterm_finishes_the_step_saves_and_the_same_command_continues(phases, 
     assert losses(tmp_path / "out") == straight
 
 
+def test_moments_start_anew_in_a_phase_unless_they_are_carried(phases, tmp_path):
+    assert train.main(phases()) == 0
+    updates = {}
+    for name in PHASES:
+        saved = checkpoint.load_tensors(checkpoint.find(tmp_path / "out" / name), "optimizer")
+        updates[name] = int(saved["state"][0]["step"])
+    assert updates == {"a": 18, "b": 30, "c": 42}
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_ctrl_c_in_an_evaluation_stops_at_once_and_the_evaluation_is_made_up_for(last, phases, tmp_path, monkeypatch):
+    command, evaluate, calls = phases("a", budget=4 * 512, share=1.0), train.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1 + last:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        assert train.main(command) == 0
+    state = checkpoint.load_state(checkpoint.find(tmp_path / "out" / "a"))
+    assert (state["step"], state["evaluated"]) == ((4, 0) if last else (0, -1))
+    assert train.main(command) == 0
+    assert [r["step"] for r in losses(tmp_path / "out", ["a"]) if "val" in r] == [0, 4]
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "out" / "a"))["evaluated"] == 4
+
+
+def test_a_step_is_adamw_with_clipping_and_crystals_groups_written_out_in_float64():  # T1
+    knobs = dict(n_layer=1, n_head=1, n_embd=64, block_size=8, vocab_size=32, mup_base=16, bias=True)
+    model, twin = (GPT(GPTConfig(**knobs)) for _ in range(2))
+    init_weights(model, 1), init_weights(twin, 1)
+    cfg = train.Config(
+        **{k: knobs[k] for k in ("n_embd",)}, batch=32, lr=1e-2, warmup=2, clip=0.01, z_loss=1e-2, beta1=0.8
+    )
+    optimizer, twin = train.make_optimizer(model, cfg, "cpu", None), twin.double()
+    twin.dtype = torch.float64
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 32, (2, 4, 9), generator=g)
+    phase = SimpleNamespace(cfg=cfg, rows=4, micro=2, steps=10)
+    feed = iter([(r[:, :-1], r[:, 1:], torch.zeros(2, dtype=torch.long)) for step in rows for r in step.split(2)])
+    m, v = ({n: torch.zeros_like(p) for n, p in twin.named_parameters()} for _ in range(2))
+    for step in (1, 2):
+        train.train_step(model, optimizer, lambda: next(feed), phase, step, torch.zeros(2, 1))
+        logits = twin.logits(twin.hidden(rows[step - 1][:, :-1])).double()
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[step - 1][:, 1:].flatten())
+        loss = loss + 1e-2 * logits.logsumexp(-1).square().mean()
+        grads = dict(
+            zip(dict(twin.named_parameters()), torch.autograd.grad(loss, list(twin.parameters())), strict=True)
+        )
+        norm = torch.stack([x.norm() for x in grads.values()]).norm()
+        assert norm > 0.1
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                matrix = p.ndim == 2
+                lr = 1e-2 * step / 2 * (16 / 64 if matrix and name != "wte.weight" else 1)
+                grad = grads[name] * 0.01 / norm
+                m[name] = 0.8 * m[name] + 0.2 * grad
+                v[name] = 0.95 * v[name] + 0.05 * grad**2
+                p *= 1 - lr * 0.1 * matrix
+                p -= lr * (m[name] / (1 - 0.8**step)) / ((v[name] / (1 - 0.95**step)).sqrt() + 1e-9)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (p - q).norm() < 2e-3 * (p - q.mean()).norm(), name
+
+
+def test_a_second_process_on_the_same_folder_is_refused(phases, tmp_path, capsys):
+    assert train.main(phases("a", budget=4 * 512, share=1.0)) == 0
+    held = train.Log(tmp_path / "out/a/log.jsonl", 10**9)
+    assert train.main(phases("a", budget=8 * 512, share=1.0)) == 2
+    assert "another process" in capsys.readouterr().err
+    held.file.close()
+
+
+def test_the_arithmetic_is_bf16_where_the_hardware_has_it_and_never_fp16(monkeypatch):
+    for flags, dtype in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert train.find_device(train.Config(device="cpu"))[1] is dtype
+
+
 def test_a_finished_run_says_so_and_fresh_moves_it_aside(phases, tmp_path, capsys):
     short = phases("a", budget=6 * 512, share=1.0)
     assert train.main(short) == 0
@@ -546,8 +683,10 @@ def test_a_finished_run_says_so_and_fresh_moves_it_aside(phases, tmp_path, capsy
     assert "finished" in capsys.readouterr().out and losses(tmp_path / "out", ["a"]) == records
     assert train.main([*short, "--fresh"]) == 0
     assert losses(tmp_path / "out", ["a"]) == records == losses(tmp_path / "out", ["a.old-1"])
-    longer = phases("a", budget=9 * 512, share=1.0)
+    longer = phases("a", budget=9 * 512, share=1.0, lr=0.02)
+    capsys.readouterr()
     assert train.main(longer) == 0
+    assert "lr 0.01 -> 0.02" in capsys.readouterr().out
     assert [r["step"] for r in losses(tmp_path / "out", ["a"]) if "loss" in r] == list(range(1, 10))
 
 
@@ -578,7 +717,10 @@ def test_accumulation_gives_the_loss_of_the_whole_batch(phases, tmp_path, straig
 
 def test_wandb_gets_the_records_of_the_log(phases, tmp_path, monkeypatch):
     sent = []
-    fake = SimpleNamespace(init=lambda **how: SimpleNamespace(log=lambda record, step: sent.append((step, record))))
+    run = SimpleNamespace(log=lambda record, step: sent.append((step, record)), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **how: run, __spec__=True)
+    assert train.main(phases("a", wandb="project")) == 2  # not installed: said before anything is written
+    assert not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert train.main(phases("a", wandb="project")) == 0
     logged = [json.loads(line) for line in (tmp_path / "out/a/log.jsonl").read_text().splitlines()]
@@ -646,6 +788,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, phases, t
         path.unlink()
     else:
         (newest / "complete.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=newest.name):
+        checkpoint.find(newest)
     assert train.main(phases()) == 0
     assert how == "no marker" or str(newest) in capsys.readouterr().err
     assert losses(tmp_path / "out") == straight
@@ -682,6 +826,11 @@ MISTAKES = {
     "a vocabulary too small for the data": (["--vocab_size=256"], "512"),
     "weights from nowhere": (["--init_from=nowhere"], "no checkpoint under nowhere"),
     "several processes": (["--seed=1"], "several processes"),
+    "a phase twice": (["a.py"], "two phases of one name"),
+    "zero steps between checkpoints": (["--save_every=0"], "save_every = 0 is not above 0"),
+    "a beta of one": (["--beta1=1"], "beta1 = 1.0 is not below 1"),
+    "no source": (["--mix={}"], "mix names no source"),
+    "fresh with another mistake": (["--fresh", "--init_from=nowhere"], "no checkpoint under nowhere"),
     "an out folder that is a file": ([f"--out={__file__}"], "test_smoke.py"),
 }
 
@@ -691,9 +840,17 @@ def test_a_mistake_gets_one_line_exit_code_2_and_writes_nothing(mistake, phases,
     arguments, words = MISTAKES[mistake]
     if mistake == "several processes":
         monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = [str(tmp_path / "a.py") if argument == "a.py" else argument for argument in arguments]
     assert train.main([*phases("a"), *arguments]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err and not (tmp_path / "out").exists()
+
+
+def test_phases_of_one_run_must_agree_on_the_model_and_the_data(phases, tmp_path, capsys):
+    with open(tmp_path / "b.py", "a") as f:
+        f.write("seed = 5\n")
+    assert train.main(phases()) == 2
+    assert "seed = 5 in b but 1 in a" in capsys.readouterr().err
 
 
 def test_broken_or_foreign_data_are_refused_and_named(phases, data, tmp_path, capsys):
@@ -720,9 +877,21 @@ def test_broken_or_foreign_data_are_refused_and_named(phases, data, tmp_path, ca
     refused(
         f"--data={other}", f"--init_from={tmp_path / 'out' / 'a'}", f"--out={tmp_path / 'new'}", words="another name"
     )
-    meta["tokenizer"]["sha256"] = "0" * 64
-    (other / "code" / "meta.json").write_text(json.dumps(meta))
-    refused(f"--data={other}", words="one tokenizer")
+    for name, words in (("code", "one tokenizer"), ("text", "another nanocrystal")):
+        meta = json.loads((other / name / "meta.json").read_text())
+        meta["tokenizer"]["sha256"] = "0" * 64
+        (other / name / "meta.json").write_text(json.dumps(meta))
+        refused(f"--data={other}", words=words)
+    shutil.rmtree(other)
+    sources = [f"{name}={data.parent / name}" for name in ("text", "code")]
+    run("prepare.py", *sources, f"--out={other}", "--vocab_size=500", "--val=0.05", check=True)
+    refused(f"--data={other}", words="vocab_real")
+    for shard in (data / "code").glob("val-*.bin"):
+        shutil.rmtree(other)
+        shutil.copytree(data, other)
+        (other / "code" / shard.name).write_bytes(shard.read_bytes()[:-10])
+        refused(f"--data={other}", words=shard.name)
+    refused("--batch=256", words="batch")
     refused("--block_size=16", words="block_size")  # a checkpoint of another model
     refused("--n_embd=128", words="n_embd")
     refused("--seed=2", words="seed")

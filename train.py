@@ -10,7 +10,8 @@ The same command again continues where it stopped, after any kind of death. --fr
 aside. Ctrl-C or SIGTERM finishes the step, saves and exits 0. Exit codes: 0 done, 2 your mistake, 1 ours.
 
 A config file is one phase: plain Python, run in a namespace that holds every default below. A value on the command line
-beats the file's, before the file computes with it. Names that begin with _ are the file's own.
+beats the file's, before the file computes with it: --lr_peak scales the rates of all phases, --lr makes them one rate.
+Names that begin with _ are the file's own.
 """
 
 import ast
@@ -19,9 +20,12 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import fcntl
+import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,7 +85,8 @@ class Config:
     batch: int = 8192  # tokens a step
     micro_batch: int = 0  # rows at a time; 0: the most that divide the batch and stay within 16,384 tokens
     # optimiser
-    lr: float = 0.01  # peak; hidden matrices get lr * mup_base / n_embd
+    lr_peak: float = 0.006  # of the run: what the files of its phases compute lr and lr_end from
+    lr: float = 0.0  # at the phase's peak, 0: lr_peak; hidden matrices get lr * mup_base / n_embd
     lr_end: float = 0.0  # at the phase's last step
     decay: str = "linear"  # from lr to lr_end: linear, cosine or constant
     warmup: float = 0.03  # from 0 to lr: steps, or a share of the phase if below 1
@@ -107,8 +112,20 @@ class Config:
 
 KNOBS = {f.name: f.type for f in dataclasses.fields(Config)}
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in KNOBS]
-RUN_KNOBS = [*MODEL_KNOBS, "out", "data", "seed", "budget", "device", "dtype", "compile"]  # one value for all phases
+RUN_KNOBS = [
+    *MODEL_KNOBS,
+    "out",
+    "data",
+    "seed",
+    "budget",
+    "eval_tokens",
+    "wandb",
+    "device",
+    "dtype",
+    "compile",
+]  # one value for all phases
 FLAGS = ("plan", "fresh", "help")
+POSITIVE = {"budget", "share", "batch", "lr_peak", "save_every", "log_every", "eval_tokens", "keep"}
 CHOICES = {"decay": ("linear", "cosine", "constant"), "size": tuple(PRESETS), "compile": ("auto", "yes", "no"),
            "device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32")}  # fmt: skip
 
@@ -132,8 +149,12 @@ def coerce(name, value):
         raise ConfigError(f"{name} = {given!r} is not of type {kind.__name__}")
     if name in CHOICES and value not in CHOICES[name]:
         raise ConfigError(f"{name} = {value!r} is none of {', '.join(CHOICES[name])}")
-    if kind in (int, float) and value < 0 and name != "seed":
-        raise ConfigError(f"{name} = {value} is below 0")
+    if kind in (int, float) and (value < 0 or (value == 0 and name in POSITIVE)):
+        raise ConfigError(f"{name} = {value} is not above 0")
+    if name in ("beta1", "beta2") and value >= 1:
+        raise ConfigError(f"{name} = {value} is not below 1")
+    if kind is dict and not all(isinstance(source, str) for source in value):
+        raise ConfigError(f"{name} = {value!r} does not name its sources: {{'text': 0.5, 'code': 0.5}}")
     return value
 
 
@@ -185,7 +206,13 @@ def read_config(path, fixed):
         knobs = {name: coerce(name, file[name]) for name in KNOBS}
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return Config(**knobs | {k: v for k, v in PRESETS[knobs["size"]].items() if k not in file.assigned})
+    for name, value in PRESETS[knobs["size"]].items():
+        if name not in file.assigned or (KNOBS[name] is int and knobs[name] == 0):
+            knobs[name] = value
+    knobs["lr"] = knobs["lr"] or knobs["lr_peak"]
+    if not knobs["mix"]:
+        raise ConfigError(f"{path}: mix names no source")
+    return Config(**knobs)
 
 
 def read_command_line(argv):
@@ -358,8 +385,8 @@ def find_device(cfg):
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = cuda, but torch sees no CUDA device; try --device=cpu")
+    elif not (device == "cpu" or getattr(torch, device).is_available()):
+        raise ConfigError(f"device = {device}, but torch sees none; try --device=cpu")
     if cfg.dtype != "auto":
         dtype = getattr(torch, cfg.dtype)
     elif device == "cuda":
@@ -393,7 +420,7 @@ def matmul_rate(device, dtype, seconds=0.1):
 def describe(device, dtype, compiled):
     """(one line about the machine, its peak FLOP/s)."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    listed = next((peak for card, peak in PEAK.items() if device == "cuda" and card in name), None)
+    listed = next((peak for card, peak in PEAK.items() if re.search(rf"\b{card}\b(?! PCIe| Laptop)", name)), None)
     peak = listed if listed and dtype == torch.bfloat16 else matmul_rate(device, dtype)
     ceiling = f"{peak / 1e12:.4g} TFLOP/s {'data sheet' if peak == listed else 'measured matmul'}"
     mode = "compiled" if compiled else "eager"
@@ -406,10 +433,12 @@ def describe(device, dtype, compiled):
 def open_sources(cfg, names):
     """name -> Source, the training part; the default corpus is prepared first if there is no data at all."""
     folder = Path(cfg.data)
-    if not any(folder.glob("*/train*.bin")) and set(names) <= {"text", "code"}:
+    begun, empty = (folder / "corpus").is_dir(), not any(folder.glob("*/*.bin"))
+    missing = any(not (folder / name / "meta.json").exists() for name in names)
+    if set(names) <= {"text", "code"} and missing and (begun or empty):
         import prepare
 
-        print(f"{folder}/ is empty: preparing text and code from this Python installation")
+        print(f"{folder}/ is empty or unfinished: preparing text and code from this Python installation")
         try:
             prepare.prepare_default(folder)
         except subprocess.CalledProcessError as error:  # it has said why
@@ -435,15 +464,15 @@ def the_tokenizer(sources):
     return meta, encoding
 
 
-def held_out(cfg, names, encoding):
+def held_out(cfg, sources, encoding):
     """What every evaluation reads: {name: (rows (n, block_size + 1) uint16, bytes behind their targets or None)}."""
     sets = {}
-    for name in names:
-        try:
-            source = Source(Path(cfg.data) / name, "val", cfg.block_size)
-        except MixError as error:
-            print(f"no evaluation on {name}: {error}")
+    for name, trained in sources.items():
+        folder, meta = Path(cfg.data) / name, trained.meta
+        if meta["val"]["tokens"] <= cfg.block_size if meta else not (folder / "val.bin").exists():
+            print(f"{name} has no held-out part of one window, so there will be no evaluation on it")
             continue
+        source = Source(folder, "val", cfg.block_size)
         rows = source.rows(0, min(source.windows, max(1, cfg.eval_tokens // cfg.block_size)))
         sets[name] = rows, int(tokenizer.byte_lengths(encoding)[rows[:, 1:]].sum(dtype=np.int64)) if encoding else None
     return sets
@@ -482,10 +511,14 @@ class Feeder:
 class Stop:
     """True once SIGINT or SIGTERM has come; a second Ctrl-C interrupts at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         self.signal = signal.Signals(number).name
@@ -501,6 +534,10 @@ class Log:
     def __init__(self, path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is training in {path.parent}; wait for it, or use --out") from None
         self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
 
     def write(self, record):
@@ -525,11 +562,15 @@ def evaluate(model, sets, micro, device, stop):
         for lo in range(0, len(rows), micro):
             if stop:
                 return None
-            batch = torch.from_numpy(rows[lo : lo + micro]).long().to(device)
-            loss += model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1].double().sum().item()
-        tokens = rows[:, 1:].size
+            batch = torch.zeros(micro, rows.shape[1], dtype=torch.long)  # always one shape, so compiled once
+            some = torch.from_numpy(rows[lo : lo + micro]).long()
+            batch[: len(some)] = some
+            tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            targets[len(some) :] = -1
+            loss += model(tokens.to(device), targets.to(device))[1].double().sum().item()
+        n_tokens = rows[:, 1:].size
         bpb = loss / math.log(2) / n_bytes if n_bytes else None
-        result[name] = {"loss": loss / tokens, "bpb": bpb, "tokens": tokens}
+        result[name] = {"loss": loss / n_tokens, "bpb": bpb, "tokens": n_tokens}
     return result
 
 
@@ -592,7 +633,7 @@ def rehearse(model, phase, device):
     for _ in range(2):  # the first one compiles and allocates
         synchronize(device)
         start = time.perf_counter()
-        model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[0].backward()
+        model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), phase.cfg.z_loss, phase.cfg.batch)[0].backward()
         model.zero_grad(set_to_none=True)
         synchronize(device)
     return rows[:, 1:].numel() / (time.perf_counter() - start)
@@ -638,14 +679,15 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
     log = Log(phase.folder / "log.jsonl", state["log_bytes"] if state else 0)
     checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
     feeder = Feeder(phase, step * phase.rows, device)
-    track = wandb_run(cfg, phase.name)
+    wandb = importlib.import_module("wandb").init(project=cfg.wandb, name=phase.name) if cfg.wandb else None
 
     def where():
         return {"step": step, "phase": phase.name, "tokens": phase.first_token + step * cfg.batch}
 
     def record(values):
         log.write(where() | values)
-        track(where() | values)
+        if wandb:
+            wandb.log(where() | values, step=where()["tokens"])
 
     def save():
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -666,6 +708,8 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
             record({"val": values})
             tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {format_val(values)}")
             evaluated, since, timed = step, time.perf_counter(), 0
+            if step == phase.steps:
+                saved = -1  # the last checkpoint knows that nothing is left to do
         if saved != step and (step == phase.steps or (step and step % cfg.save_every == 0)):
             save()
             saved, since, timed = step, time.perf_counter(), 0
@@ -693,25 +737,17 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
             since, timed = time.perf_counter(), 0
     bar.close()
     feeder.thread.shutdown()
+    if wandb:
+        wandb.finish()
     if step == phase.steps and evaluated == step:
+        log.file.close()
         return True
     log.write(where() | {"event": "signal", "signal": stop.signal})
     if saved != step:
         save()
+    log.file.close()
     print(f"{stop.signal}: stopped and saved at step {step:,} of {phase.name}; the same command continues")
     return False
-
-
-def wandb_run(cfg, name):
-    """A function that sends a log record to Weights & Biases, or does nothing."""
-    if not cfg.wandb:
-        return lambda record: None
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("wandb = ... needs the wandb package: pip install wandb") from None
-    run = wandb.init(project=cfg.wandb, name=f"{Path(cfg.out).name}-{name}", config=dataclasses.asdict(cfg))
-    return lambda record: run.log(record, step=record["tokens"])
 
 
 def format_val(values):
@@ -725,8 +761,8 @@ def report(phase):
     with open(phase.folder / "log.jsonl") as f:
         evaluations = [record["val"] for line in f if "val" in (record := json.loads(line))]
     print(f"\n{phase.name:<8} held out               loss before    after   bits/byte before    after")
-    for name, before in evaluations[0].items():
-        after = evaluations[-1][name]
+    for name in evaluations[0].keys() & evaluations[-1].keys():
+        before, after = evaluations[0][name], evaluations[-1][name]
         bits = f"   {before['bpb']:16.4f} {after['bpb']:8.4f}" if before["bpb"] else ""
         print(f"         {name:<22} {before['loss']:11.4f} {after['loss']:8.4f}{bits}")
 
@@ -739,28 +775,31 @@ def show_changes(saved, cfg):
         print(f"changed  since the checkpoint: {', '.join(changed)}")
 
 
-def train(named, fresh):
-    """Run the phases from wherever they stopped. named: [(name, Config), ...]. False if a signal ended it early."""
-    stop, cfg = Stop(), named[0][1]
+def train(named, fresh, stop):
+    """Run the phases from wherever they stopped. named: [(name, Config), ...]. False if `stop` ended it early."""
+    cfg = named[0][1]
     device, dtype, compiled = find_device(cfg)
+    if cfg.wandb and not importlib.util.find_spec("wandb"):
+        raise ConfigError(f"wandb = {cfg.wandb!r} needs the wandb package: pip install wandb")
     if device == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high")
     for name, c in named:
         phase_steps(name, c)  # cheap mistakes before slow work
-        if fresh:
-            set_aside(Path(c.out) / name)
 
-    index, folder = find_progress(named)  # folder: a checkpoint inside phase `index`
+    index, folder = (0, None) if fresh else find_progress(named)  # folder: a checkpoint inside phase `index`
     before = folder or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
     state = checkpoint.load_state(before) if before else None
     names = sorted({name for _, c in named for name in c.mix})
     sources = open_sources(cfg, names)
     meta, encoding = the_tokenizer(sources)
     vocab_real = meta["vocab_size"] if meta else cfg.vocab_size
-    if not vocab_real:
-        raise ConfigError(f"{cfg.data}/ has no meta.json that names a tokenizer; say --vocab_size=...")
-    model = GPT(model_config(cfg, vocab_real), dtype)
+    if not meta:  # bare .bin files
+        largest = max(int(source.rows(0, min(source.windows, 100)).max()) for source in sources.values())
+        if vocab_real <= largest:
+            raise ConfigError(f"{cfg.data}/ names no tokenizer and has id {largest:,}; say --vocab_size=...")
+    with torch.device("meta"):
+        model = GPT(model_config(cfg, vocab_real), dtype)
     if folder:  # the phase began where its own checkpoint says
         start, tokens = state["start"], state["first_token"]
     else:
@@ -769,12 +808,12 @@ def train(named, fresh):
     if before:
         check_checkpoint(before, state, model, meta, sources, phases[0], inside=bool(folder))
 
+    sets = held_out(cfg, sources, encoding)
     machine, peak = describe(device, dtype, compiled)
     print_plan(phases, model, machine)
     for name, _ in named[:index]:
         print(f"{name:<8} done")
-    model.to(device)
-    init_weights(model, cfg.seed)
+    init_weights(model.to_empty(device=device), cfg.seed)
     if before:
         print(f"from     {before}, step {state['step']:,} of {state['phase']}")
         model.load_state_dict(checkpoint.load_tensors(before, "model", device))
@@ -786,13 +825,15 @@ def train(named, fresh):
     if not phases:
         print(f"finished: nothing is left to do in {cfg.out}/; a larger --budget trains on, --fresh starts over")
         return True
+    for name, c in named if fresh else ():
+        set_aside(Path(c.out) / name)
+    phases[0].folder.mkdir(parents=True, exist_ok=True)
     if compiled:
         model.compile(dynamic=False)
     speed = rehearse(model, phases[0], device)
     left = sum(p.steps * p.cfg.batch for p in phases) - (state["tokens"] - phases[0].first_token if folder else 0)
     print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
 
-    sets = held_out(cfg, names, encoding)
     optimizer = None
     for phase in phases:
         moments = None
@@ -818,8 +859,14 @@ def show_plan(named):
         folder = Path(cfg.data) / name
         tokens = next((c.source_tokens[name] for _, c in named if name in c.source_tokens), None)
         is_here = folder.is_dir() or tokens is None
-        sources[name] = Source(folder, "train", cfg.block_size) if is_here else int(tokens) // cfg.block_size
-    phases = build_phases(named, sources, {}, 0)
+        sources[name] = (
+            Source(folder, "train", cfg.block_size) if is_here else coerce("budget", tokens) // cfg.block_size
+        )
+    start, tokens = {}, 0
+    if cfg.init_from:
+        state = checkpoint.load_state(checkpoint.find(cfg.init_from))
+        start, tokens = state["drawn"], state["tokens"]
+    phases = build_phases(named, sources, start, tokens)
     meta, _ = the_tokenizer({name: source for name, source in sources.items() if isinstance(source, Source)})
     vocab_real = meta["vocab_size"] if meta else cfg.vocab_size or tokenizer.load().n_vocab
     with torch.device("meta"):
@@ -838,12 +885,16 @@ def main(argv):
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError("training on several processes is not built yet; start one process, without torchrun")
         else:
-            train(named, "fresh" in flags)
+            with Stop() as stop:
+                train(named, "fresh" in flags, stop)
     except (ConfigError, MixError, CheckpointError, TokenizerError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file is then as new as the run
     sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,8 @@ batch = 4096
 mix = {"text": 0.95, "code": 0.05}
 
 # Phases 1 and 2 of Crystal are one line from the peak to 1.14% of it, which phase 1 leaves at 73.19%.
-lr = 0.006
-lr_end = 0.7319 * lr
+lr_peak = 0.006
+lr = lr_peak
+lr_end = 0.7319 * lr_peak
 warmup = 0.1
 eval_every = 100

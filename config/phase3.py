@@ -4,7 +4,7 @@ from config.phase1 import *
 
 share = 0.0862
 mix = {"text": 0.17, "code": 0.83}
-lr = lr / 6
-lr_end = lr / 10
+lr = lr_peak / 6
+lr_end = lr_peak / 60
 warmup = 0.01
 eval_every = 0

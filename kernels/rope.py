@@ -53,4 +53,7 @@ def rope_qkv_(qkv, cos, sin, interleaved=False, pos=None):
         cos, sin = (table[: qkv.shape[1], None, None] for table in (cos, sin))  # (T, 1, 1, R/2), over q|k and heads
     else:
         cos, sin = (table[pos][:, :, None, None] for table in (cos, sin))  # (B, T, 1, 1, R/2)
-    return RopeQKV.apply(qkv, cos, sin, interleaved)
+    if torch.is_grad_enabled():
+        return RopeQKV.apply(qkv, cos, sin, interleaved)
+    rotate_(qkv[:, :, :2], cos, sin, interleaved)
+    return qkv
