@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import checkpoint
 import tokenizer
 import train
+from configurator import read_command_line
 from kernels import add_norm, attention, linear_ce, rope_qkv_, rope_tables, swiglu
 from kernels.attention import attention_mask
 from model import GPT, PRESETS, GPTConfig, init_weights, kind, param_groups
@@ -38,6 +39,10 @@ torch.set_num_threads(1)
 def run(*args, cwd=ROOT, **kwargs):
     """A command line of the project -> CompletedProcess with text output."""
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, **kwargs)
+
+
+def read_phases(argv):
+    return read_command_line(argv, train.Config, PRESETS, ("plan",))[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -422,7 +427,7 @@ CRYSTAL = [f"config/crystal7b/phase{i}.py" for i in (1, 2, 3)]
 
 
 def test_the_seven_named_learning_rates_of_crystal():  # T2
-    (_, p1), (_, p2), (_, p3) = train.read_command_line(CRYSTAL)[0]
+    (_, p1), (_, p2), (_, p3) = read_phases(CRYSTAL)
     for cfg, steps, points in (
         (p1, 79_721, {43: 0.006, 86: 0.012, 79_721: 0.0087869}),
         (p2, 214_387, {86: 0.0087825, 214_387: 0.00013679}),
@@ -441,7 +446,7 @@ def test_the_seven_named_learning_rates_of_crystal():  # T2
 
 
 def test_the_laptop_phases_keep_crystals_proportions():  # T3
-    (_, p1), (_, p2), (_, p3) = train.read_command_line([f"config/phase{i}.py" for i in (1, 2, 3)])[0]
+    (_, p1), (_, p2), (_, p3) = read_phases([f"config/phase{i}.py" for i in (1, 2, 3)])
     assert [p.share for p in (p1, p2, p3)] == [0.2477, 0.6661, 0.0862]
     peak = p1.lr_peak
     assert p1.lr == peak
@@ -466,7 +471,7 @@ def test_a_config_file_may_compute_and_build_on_another_and_the_command_line_win
     config.mkdir()
     (config / "a.py").write_text("import math\nlr_end = lr / 60\n_half = 0.5\nshare = _half\nmix = {'x': 1}\n")
     (config / "b.py").write_text("from config.a import *\nlr_end = 2 * lr_end\nbudget = '2.5B'\n")
-    code = "import train; print(train.read_command_line(['config/b.py', '--lr=0.6', '--batch=512K'])[0][0][1])"
+    code = "from test_smoke import read_phases; print(read_phases(['config/b.py', '--lr=0.6', '--batch=512K'])[0][1])"
     out = run("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True).stdout
     for part in ("lr=0.6,", "lr_end=0.02,", "share=0.5,", "budget=2500000000,", "batch=512000,", "mix={'x': 1}"):
         assert part in out
@@ -691,7 +696,7 @@ def test_a_finished_run_says_so_and_fresh_moves_it_aside(phases, tmp_path, capsy
 
 
 def test_micro_batches_are_slices_of_the_same_samples_in_the_same_steps(phases, data):
-    named, _ = train.read_command_line(phases("a"))
+    named = read_phases(phases("a"))
     sources = train.open_sources(named[0][1], ["text", "code"])
     rows = {}
     for micro in (1, 2, 4, 8, 16):
@@ -829,7 +834,7 @@ MISTAKES = {
     "a phase twice": (["a.py"], "two phases of one name"),
     "zero steps between checkpoints": (["--save_every=0"], "save_every = 0 is not above 0"),
     "a beta of one": (["--beta1=1"], "beta1 = 1.0 is not below 1"),
-    "no source": (["--mix={}"], "mix names no source"),
+    "no source": (["--mix={}"], "names no sources"),
     "fresh with another mistake": (["--fresh", "--init_from=nowhere"], "no checkpoint under nowhere"),
     "an out folder that is a file": ([f"--out={__file__}"], "test_smoke.py"),
 }

@@ -14,13 +14,9 @@ beats the file's, before the file computes with it: --lr_peak scales the rates o
 Names that begin with _ are the file's own.
 """
 
-import ast
-import builtins
 import contextlib
 import ctypes
 import dataclasses
-import difflib
-import fcntl
 import importlib.util
 import json
 import math
@@ -33,7 +29,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,14 +37,10 @@ from tqdm import tqdm
 import checkpoint
 import tokenizer
 from checkpoint import CheckpointError
+from configurator import ConfigError, coerce, read_command_line
 from mix import Mix, MixError, Source, check_identity
 from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
 from tokenizer import TokenizerError
-
-
-class ConfigError(ValueError):
-    """A knob, file or command line that cannot be meant; the message names it and says what to type instead."""
-
 
 # ------------------------------------------------------------------------------------------------------------- knobs
 
@@ -109,138 +100,45 @@ class Config:
     dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware has it, else float32
     compile: str = "auto"  # yes, no; auto: on CUDA
 
-
-KNOBS = {f.name: f.type for f in dataclasses.fields(Config)}
-MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in KNOBS]
-RUN_KNOBS = [
-    *MODEL_KNOBS,
-    "out",
-    "data",
-    "seed",
-    "budget",
-    "eval_tokens",
-    "wandb",
-    "device",
-    "dtype",
-    "compile",
-]  # one value for all phases
-FLAGS = ("plan", "fresh", "help")
-POSITIVE = {"budget", "share", "batch", "lr_peak", "save_every", "log_every", "eval_tokens", "keep"}
-CHOICES = {"decay": ("linear", "cosine", "constant"), "size": tuple(PRESETS), "compile": ("auto", "yes", "no"),
-           "device": ("auto", "cuda", "mps", "cpu"), "dtype": ("auto", "bfloat16", "float32")}  # fmt: skip
-
-
-def coerce(name, value):
-    """A knob's value as its type: "2.5B" -> 2500000000 for an int, "{'text': 1}" -> dict. Raises ConfigError."""
-    kind, given = KNOBS[name], value
-    try:
-        if isinstance(value, str) and kind in (int, float):
-            scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(value[-1:].upper())
-            value = float(value[:-1]) * scale if scale else float(value)
-        elif isinstance(value, str) and kind in (bool, dict):
-            value = ast.literal_eval(value)
-        if kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-    except (ValueError, SyntaxError):
-        pass
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{name} = {given!r} is not of type {kind.__name__}")
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ConfigError(f"{name} = {value!r} is none of {', '.join(CHOICES[name])}")
-    if kind in (int, float) and (value < 0 or (value == 0 and name in POSITIVE)):
-        raise ConfigError(f"{name} = {value} is not above 0")
-    if name in ("beta1", "beta2") and value >= 1:
-        raise ConfigError(f"{name} = {value} is not below 1")
-    if kind is dict and not all(isinstance(source, str) for source in value):
-        raise ConfigError(f"{name} = {value!r} does not name its sources: {{'text': 0.5, 'code': 0.5}}")
-    return value
+    def __post_init__(self):
+        self.lr = self.lr or self.lr_peak
+        choices = {
+            "size": PRESETS,
+            "decay": ("linear", "cosine", "constant"),
+            "device": ("auto", "cuda", "mps", "cpu"),
+            "dtype": ("auto", "bfloat16", "float32"),
+            "compile": ("auto", "yes", "no"),
+        }
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{name} = {value!r} is none of {', '.join(known)}")
+        above_zero = ("budget", "share", "batch", "lr_peak", "save_every", "log_every", "eval_tokens", "keep")
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and (value < 0 or (value == 0 and name in above_zero)):
+                raise ConfigError(f"{name} = {value} is not above 0")
+        for name in ("beta1", "beta2"):
+            if (value := getattr(self, name)) >= 1:
+                raise ConfigError(f"{name} = {value} is not below 1")
+        if not self.mix or not all(isinstance(source, str) for source in self.mix):
+            raise ConfigError(f"mix = {self.mix!r} names no sources; for example {{'text': 0.5, 'code': 0.5}}")
 
 
-def unknown(name):
-    near = difflib.get_close_matches(name, [*KNOBS, *FLAGS], 1)
-    return ConfigError(f"there is no knob {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
+RUN_KNOBS = [*MODEL_KNOBS, "out", "data", "seed", "budget", "eval_tokens", "wandb", "device", "dtype", "compile"]
 
 
-class ConfigFile(dict):
-    """Globals of a running config file. Knobs in `fixed` keep their value whatever the file assigns to them."""
-
-    def __init__(self, fixed):
-        super().__init__(dataclasses.asdict(Config()) | fixed)
-        self.fixed, self.assigned = fixed, set(fixed)
-
-    def __setitem__(self, name, value):
-        self.assigned.add(name)
-        if name not in self.fixed:
-            super().__setitem__(name, value)
-
-    def run(self, path):
-        if not Path(path).is_file():
-            raise ConfigError(f"there is no config file {path}")
-        self["__builtins__"] = vars(builtins) | {"__import__": self.import_}
-        try:
-            exec(builtins.compile(Path(path).read_text(), path, "exec"), self)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
-        return self
-
-    def import_(self, name, globals=None, locals=None, fromlist=(), level=0):
-        """`from config.phase1 import *` runs that file as this one is run: same defaults, same fixed knobs."""
-        path = Path(*name.split(".")).with_suffix(".py")
-        if not (fromlist and path.parts[0] == "config" and path.is_file()):
-            return builtins.__import__(name, globals, locals, fromlist, level)
-        other = ConfigFile(self.fixed).run(str(path))
-        return SimpleNamespace(**{name: other[name] for name in other.assigned if not name.startswith("__")})
-
-
-def read_config(path, fixed):
-    """A config file and the command line's knobs -> Config, with the preset's values where neither spoke."""
-    file = ConfigFile(fixed).run(path)
-    for name in file.assigned - set(KNOBS):
-        if not (name.startswith("_") or isinstance(file[name], ModuleType) or callable(file[name])):
-            raise ConfigError(f"{path}: {unknown(name)}")
-    try:
-        knobs = {name: coerce(name, file[name]) for name in KNOBS}
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    for name, value in PRESETS[knobs["size"]].items():
-        if name not in file.assigned or (KNOBS[name] is int and knobs[name] == 0):
-            knobs[name] = value
-    knobs["lr"] = knobs["lr"] or knobs["lr_peak"]
-    if not knobs["mix"]:
-        raise ConfigError(f"{path}: mix names no source")
-    return Config(**knobs)
-
-
-def read_command_line(argv):
-    """["config/phase1.py", "--lr=0.01", "--plan"] -> ([(phase name, Config), ...], {"plan"})."""
-    paths = [a for a in argv if not a.startswith("-")]
-    flags = {a.lstrip("-") for a in argv if a.startswith("-") and a.lstrip("-") in FLAGS}
-    fixed = {}
-    for argument in argv:
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name not in flags:
-            if name not in KNOBS:
-                raise unknown(name)
-            if not equals:
-                raise ConfigError(f"{argument} needs a value: --{name}=...")
-            fixed[name] = coerce(name, value)
-    if not paths and "help" not in flags:
+def check_phases(named):
+    """What the phases of a run must share, and what each must be able to do, before anything is opened."""
+    if not named:
         raise ConfigError("which phase? python train.py config/phase1.py [config/phase2.py ...] [--knob=value ...]")
-    phases = [(Path(path).stem, read_config(path, fixed)) for path in paths]
-    names = [name for name, _ in phases]
+    names = [name for name, _ in named]
     if len(set(names)) < len(names):
         raise ConfigError(f"two phases of one name would share a folder: {', '.join(names)}")
-    for name, cfg in phases[1:]:
+    for name, cfg in named:
         for knob in RUN_KNOBS:
-            if getattr(cfg, knob) != (first := getattr(phases[0][1], knob)):
-                raise ConfigError(
-                    f"{knob} = {getattr(cfg, knob)!r} in {name} but {first!r} in {names[0]}; it must agree"
-                )
-    return phases, flags
+            if getattr(cfg, knob) != (first := getattr(named[0][1], knob)):
+                raise ConfigError(f"{knob} = {getattr(cfg, knob)!r} in {name} but {first!r} in {names[0]}: must agree")
+        phase_steps(name, cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------- the plan
@@ -534,10 +432,13 @@ class Log:
     def __init__(self, path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is training in {path.parent}; wait for it, or use --out") from None
+        with contextlib.suppress(ImportError):  # no fcntl on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"another process is training in {path.parent}; wait, or use --out") from None
         self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
 
     def write(self, record):
@@ -761,7 +662,7 @@ def report(phase):
     with open(phase.folder / "log.jsonl") as f:
         evaluations = [record["val"] for line in f if "val" in (record := json.loads(line))]
     print(f"\n{phase.name:<8} held out               loss before    after   bits/byte before    after")
-    for name in evaluations[0].keys() & evaluations[-1].keys():
+    for name in (name for name in evaluations[0] if name in evaluations[-1]):
         before, after = evaluations[0][name], evaluations[-1][name]
         bits = f"   {before['bpb']:16.4f} {after['bpb']:8.4f}" if before["bpb"] else ""
         print(f"         {name:<22} {before['loss']:11.4f} {after['loss']:8.4f}{bits}")
@@ -784,8 +685,6 @@ def train(named, fresh, stop):
     if device == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high")
-    for name, c in named:
-        phase_steps(name, c)  # cheap mistakes before slow work
 
     index, folder = (0, None) if fresh else find_progress(named)  # folder: a checkpoint inside phase `index`
     before = folder or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
@@ -860,7 +759,7 @@ def show_plan(named):
         tokens = next((c.source_tokens[name] for _, c in named if name in c.source_tokens), None)
         is_here = folder.is_dir() or tokens is None
         sources[name] = (
-            Source(folder, "train", cfg.block_size) if is_here else coerce("budget", tokens) // cfg.block_size
+            Source(folder, "train", cfg.block_size) if is_here else coerce(name, tokens, int) // cfg.block_size
         )
     start, tokens = {}, 0
     if cfg.init_from:
@@ -877,10 +776,12 @@ def show_plan(named):
 
 def main(argv):
     try:
-        named, flags = read_command_line(argv)
+        named, flags = read_command_line(argv, Config, PRESETS, ("plan", "fresh", "help"))
         if "help" in flags:
             print(__doc__)
-        elif "plan" in flags:
+            return 0
+        check_phases(named)
+        if "plan" in flags:
             show_plan(named)
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError("training on several processes is not built yet; start one process, without torchrun")
