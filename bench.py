@@ -233,7 +233,7 @@ def bench_tokenizer():
         return pool.apply(tokenizer_rates)
 
 
-def tokenizer_rates(megabytes=3):
+def tokenizer_rates(megabytes=prepare.PIECE >> 20):
     with ThreadPoolExecutor(1) as pool:
         documents = corpus.collect(pool, megabytes * 10**6, megabytes * 10**6)
     encoding, rows = tokenizer.load(), []
