@@ -50,7 +50,9 @@ def draw(records, to):
         for name, points in sorted(curves.items()):
             x, y = zip(*points, strict=True)
             axis.plot([tokens / 1e6 for tokens in x], y, marker=marker, markersize=4, label=name)
-        late = [y for points in curves.values() for _, y in points[len(points) // 10 :]]  # the first fall hides the rest
+        late = [
+            y for points in curves.values() for _, y in points[len(points) // 10 :]
+        ]  # the first fall hides the rest
         limits = (min(late) * 0.9, max(late) * 1.05) if late else None
         axis.set(title=title, xlabel="tokens seen, millions", ylim=limits)
         for phase, tokens in phases.items():

@@ -620,7 +620,7 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
         lr, norm = train_step(model, optimizer, feeder, phase, step, sums)
         timed += 1
         bar.update()
-        if step % cfg.log_every == 0 or step == phase.steps:
+        if step % cfg.log_every == 0 or step in (1, phase.steps):
             loss, tokens = sums.tolist()  # waits for the device
             sums.zero_()
             by_source = {name: x / n for name, x, n in zip(mix.names, loss, tokens, strict=True) if n}
