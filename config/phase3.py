@@ -10,4 +10,4 @@ warmup = 0.01
 eval_every = 0
 
 # Measured as in phase1.py: text 1.532 -> 1.559, code 1.137 -> 1.145 bits per byte held out, in 1.5 minutes: it got
-# worse. The rate goes from phase 2's last 6.8e-5 up to 1e-3 and ends at 1e-4; what the data did is not separated from that.
+# worse. The rate goes from phase 2's last 6.8e-5 up to 1e-3 and ends at 1e-4; the data's part in it is not separated.
