@@ -629,7 +629,9 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
             mfu = speed * model.flops_per_token() / peak
             record({"loss": loss, "lr": lr, "grad_norm": norm.item(), "tok_per_s": round(speed), "mfu": round(mfu, 4),
                     "loss_by_source": by_source, "epochs": mix.epochs(step * phase.rows)})  # fmt: skip
-            each = "  ".join(f"{name} {by_source.get(name, math.nan):6.3f}" for name in mix.names)
+            each = "  ".join(
+                f"{name} {f'{by_source[name]:.3f}' if name in by_source else '-':>6}" for name in mix.names
+            )
             left = clock((phase.steps - step) * cfg.batch / speed)
             tqdm.write(
                 f"{phase.name} {step:>7,}/{phase.steps:,}  loss {loss:6.3f}  {each}  lr {lr:.2e}"
