@@ -219,7 +219,7 @@ def read_documents(piece, report):
             except OSError as e:
                 report(f"unreadable ({e.strerror})", path)
     elif kind == "texts":
-        yield from ((f"{source}: {text!r:.40}", text) for text in rest[0])
+        yield from ((f"{source}: {str(text)[:40]!r}", text) for text in rest[0])
     elif kind == "damaged":
         report(f"damaged, read up to there ({rest[0]})", source)
     elif kind == "range" and source.suffix != ".jsonl":
@@ -259,7 +259,7 @@ def encode(text):
         stop = cut.end() if cut else start + 2 * STRETCH
         ids.append(ENCODING.encode_to_numpy(text[start:stop], disallowed_special=()))
         start = stop
-    return np.concatenate([*ids, [EOT]]).astype("<u2")
+    return np.concatenate([*ids, [EOT]], dtype="<u2", casting="unsafe")  # tokenizer.load has seen that ids fit
 
 
 def write_run(piece, run):

@@ -579,6 +579,8 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
     sums = torch.tensor(saved_sums, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
     log = Log(phase.folder / "log.jsonl", state["log_bytes"] if state else 0)
     checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
+    if state:
+        log.write({"event": "resume", "step": step, "phase": phase.name, "tokens": state["tokens"]})
     feeder = Feeder(phase, step * phase.rows, device)
     wandb = importlib.import_module("wandb").init(project=cfg.wandb, name=phase.name) if cfg.wandb else None
 
