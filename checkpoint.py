@@ -65,10 +65,11 @@ def save(root, step, tensors, state, keep):
         write_json(temporary / "state.json", state)
         write_json(temporary / MARKER, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
         sync(temporary)
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
+        if final.exists():  # the same step again; under the name .old it still counts if we die before the next line
+            final.rename(final.with_suffix(".old"))
         temporary.rename(final)
         sync(root)
+        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         failure = error if isinstance(error, OSError) else error.__context__  # torch wraps a failed write

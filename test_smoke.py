@@ -804,6 +804,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, phases, t
     assert losses(tmp_path / "out") == straight
 
 
+def test_a_death_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"model": {"x": torch.ones(1)}}, {"n": 1}, keep=2)
+    rename = Path.rename
+
+    def dying(path, to):
+        if path.suffix == ".tmp" and path.is_dir():
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(1)}}, {"n": 2}, keep=2)
+    assert checkpoint.load_state(checkpoint.latest(tmp_path)) == {"n": 1}
+    monkeypatch.undo()
+    checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(1)}}, {"n": 2}, keep=2)
+    assert checkpoint.load_state(checkpoint.latest(tmp_path)) == {"n": 2}
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Hostile:
         def __reduce__(self):
