@@ -115,7 +115,7 @@ class Block(nn.Module):
     def attend(self, x, cos, sin, cache):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim)
-        q, k, v = rope_qkv_(qkv, cos, sin).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = rope_qkv_(qkv, cos, sin)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = attention(q, k, v, scale=self.scale)

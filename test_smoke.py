@@ -48,6 +48,13 @@ def read_phases(argv):
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
+def test_the_kernels_in_tritons_interpreter():
+    """kernels/test_kernels.py in a process of its own, because Triton asks for its interpreter when it is imported."""
+    pytest.importorskip("triton")
+    test = run("-m", "pytest", "kernels/test_kernels.py", env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert test.returncode == 0, test.stdout[-5000:] + test.stderr[-1000:]
+
+
 def reference_attention(q, k, v, mask, scale):
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
@@ -97,12 +104,17 @@ def far_angles(length, R):
     return np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, R, 2) / R)
 
 
+def rotated(qkv, *args, **kwargs):
+    """rope_qkv_ on a copy, its heads packed again: (B, T, 3, H, D)."""
+    return torch.stack([head.transpose(1, 2) for head in rope_qkv_(qkv * 1, *args, **kwargs)], dim=2)
+
+
 def test_rotary_is_a_complex_multiplication_and_leaves_the_other_channels_alone():  # M3
     assert torch.equal(rope_tables(2048, 32)[0], torch.from_numpy(np.cos(far_angles(2048, 32))).float())
     B, T, H, D, R = 2, 9, 3, 16, 8
     qkv = torch.randn(B, T, 3, H, D)
     cos, sin = rope_tables(64, R)
-    out = rope_qkv_(qkv.clone(), cos, sin, interleaved=True)
+    out = rotated(qkv, cos, sin, interleaved=True)
     angle = torch.arange(T).double()[:, None] * 10000.0 ** (-torch.arange(0, R, 2).double() / R)
     turn = torch.polar(torch.ones_like(angle), angle)[None, :, None, None]
     pairs = torch.view_as_complex(qkv[:, :, :2, :, :R].double().reshape(B, T, 2, H, R // 2, 2).contiguous())
@@ -111,10 +123,10 @@ def test_rotary_is_a_complex_multiplication_and_leaves_the_other_channels_alone(
     assert torch.equal(out[..., R:], qkv[..., R:]) and torch.equal(out[:, :, 2], qkv[:, :, 2])
     # half-split is the same rotation after a permutation of the channels
     order = torch.cat((torch.arange(0, R, 2), torch.arange(1, R, 2), torch.arange(R, D)))
-    half = rope_qkv_(qkv[..., order], cos, sin)
+    half = rotated(qkv[..., order], cos, sin)
     assert torch.allclose(half, out[..., order], atol=1e-6)
     # the product of q and k depends on their distance only
-    later = rope_qkv_(qkv[..., order], cos, sin, pos=torch.arange(T).expand(B, T) + 20)
+    later = rotated(qkv[..., order], cos, sin, pos=torch.arange(T).expand(B, T) + 20)
     scores, shifted = (torch.einsum("bihd,bjhd->bhij", a[:, :, 0], a[:, :, 1]) for a in (half, later))
     assert torch.allclose(scores, shifted, atol=1e-4) and not torch.allclose(half, later, atol=0.1)
 
@@ -123,11 +135,11 @@ def test_the_gradient_of_the_rotation_is_right():
     cos, sin = (table.double() for table in rope_tables(5, 4))
     qkv = torch.randn(1, 5, 3, 2, 6, dtype=torch.float64, requires_grad=True)
     for interleaved in (False, True):
-        out = rope_qkv_(qkv * 1, cos, sin, interleaved)
+        out = rotated(qkv, cos, sin, interleaved)
         grad = torch.randn_like(out)
         (got,) = torch.autograd.grad(out, qkv, grad)
         # a rotation is orthogonal: turning the gradient's gradient forward again gives the gradient
-        assert torch.allclose(rope_qkv_(got.clone(), cos, sin, interleaved), grad, atol=1e-6)
+        assert torch.allclose(rotated(got, cos, sin, interleaved), grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("rms", [False, True])

@@ -38,6 +38,7 @@ import checkpoint
 import tokenizer
 from checkpoint import CheckpointError
 from configurator import ConfigError, coerce, read_command_line
+from kernels import backend
 from mix import Mix, MixError, Source, check_identity
 from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
 from tokenizer import TokenizerError
@@ -99,6 +100,7 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu
     dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware has it, else float32
     compile: str = "auto"  # yes, no; auto: on CUDA
+    kernels: str = "auto"  # triton, torch; auto: the faster one for every operation, on an NVIDIA GPU
 
     def __post_init__(self):
         self.lr = self.lr or self.lr_peak
@@ -108,6 +110,7 @@ class Config:
             "device": ("auto", "cuda", "mps", "cpu"),
             "dtype": ("auto", "bfloat16", "float32"),
             "compile": ("auto", "yes", "no"),
+            "kernels": ("auto", "triton", "torch"),
         }
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
@@ -124,7 +127,9 @@ class Config:
 
 
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
-RUN_KNOBS = [*MODEL_KNOBS, "out", "data", "seed", "budget", "eval_tokens", "wandb", "device", "dtype", "compile"]
+RUN_KNOBS = [
+    *MODEL_KNOBS, "out", "data", "seed", "budget", "eval_tokens", "wandb", "device", "dtype", "compile", "kernels",
+]  # fmt: skip
 
 
 def check_phases(named):
@@ -686,6 +691,10 @@ def train(named, fresh, stop):
     device, dtype, compiled = find_device(cfg)
     if cfg.wandb and not importlib.util.find_spec("wandb"):
         raise ConfigError(f"wandb = {cfg.wandb!r} needs the wandb package: pip install wandb")
+    try:
+        running = backend.choose(cfg.kernels, device, compiled)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if device == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high")
@@ -713,7 +722,9 @@ def train(named, fresh, stop):
 
     sets = held_out(cfg, sources, encoding)
     machine, peak = describe(device, dtype, compiled)
-    print_plan(phases, model, machine)
+    print_plan(phases, model, f"{machine}\nkernels  {running}")
+    if device == "cuda" and model.config.n_inner % 8:
+        print(f"slow     n_inner = {model.config.n_inner:,} is not a multiple of 8: unaligned rows, SwiGLU in torch")
     for name, _ in named[:index]:
         print(f"{name:<8} done")
     init_weights(model.to_empty(device=device), cfg.seed)

@@ -2,15 +2,18 @@
 
 Logits are the largest tensor of a small model: 32k tokens x 50k words are 3 GB in bf16, and naive code keeps several
 copies. Here rows are taken in chunks, and since the loss is the end of the network its gradients are formed in the
-forward pass, while a chunk's logits are still at hand.
+forward pass, while a chunk's logits are still at hand. On a GPU chunks are as large as memory allows, because every
+chunk reads and writes the fp32 gradient of the weight; on a CPU as small as its cache.
 """
 
 import torch
 
+from kernels.backend import runs_triton, tile, tl, triton
+
 LOGIT_BYTES = {"cpu": 16 << 20}  # per chunk: what stays in a CPU's last-level cache; elsewhere 4 GiB
 
 
-class LinearCE(torch.autograd.Function):
+class Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad):
         w = (weight[:vocab_real] * logit_scale).to(x.dtype)  # padding of the vocabulary is no word
@@ -49,8 +52,116 @@ class LinearCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        dx, dw = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), *[None] * 8
+        return *backward(ctx, dloss), None, None
+
+
+@triton.jit
+def cross_entropy_kernel(
+    U, TARGET, DIVISOR, LOSS, LSE_SQ, logit_scale, z_coef, ignore_index, vocab_real,
+    V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, WITH_GRAD: tl.constexpr,
+):  # fmt: skip
+    """One row of logits u (rows, V) a program, the last row first: the product that wrote it left it in the cache.
+
+    Every lane keeps a maximum and a sum of its own columns, in base 2, so that the one exchange between lanes comes
+    after the loop. The second pass replaces each logit by its gradient.
+    """
+    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    U += row.to(tl.int64) * V
+    target = tl.load(TARGET + row)
+    valid = target != ignore_index
+    log2e: tl.constexpr = 1.4426950408889634
+    scale = logit_scale * log2e
+    picked = tl.load(U + tl.where(valid, target, 0)).to(tl.float32) * logit_scale
+    lane = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], -1e30, tl.float32)  # finite: a lane that sees no column must not make NaN of inf - inf
+    total = tl.zeros([BLOCK], tl.float32)
+    for lo in tl.range(0, V, BLOCK, num_stages=STAGES):
+        col = lo + lane
+        # masked by V, whose alignment is known: by vocab_real the load would fall to two bytes at a time
+        z = tl.load(U + col, mask=col < V, other=0.0).to(tl.float32) * scale
+        z = tl.where(col < vocab_real, z, -1e30)
+        higher = z > top  # of exp2(top - new top) and exp2(z - new top), one is 1 and the other this
+        less = tl.exp2(tl.where(higher, top - z, z - top))
+        total = tl.where(higher, total * less + 1.0, total + less)
+        top = tl.where(higher, z, top)
+    most = tl.max(top, 0)
+    lse2 = most + tl.log2(tl.sum(total * tl.exp2(top - most), 0))
+    lse = lse2 / log2e
+    tl.store(LOSS + row, tl.where(valid, lse - picked, 0.0))
+    tl.store(LSE_SQ + row, tl.where(valid, lse * lse, 0.0))
+    if WITH_GRAD:
+        weigh = 1.0 + 2.0 * z_coef * lse
+        factor = logit_scale / tl.load(DIVISOR)
+        for lo in tl.range(0, V, BLOCK, num_stages=STAGES):
+            col = lo + lane
+            z = tl.load(U + col, mask=col < V, other=0.0).to(tl.float32) * scale
+            # the 1 of the target is taken off before rounding: else a probability near 1 would lose its gradient
+            du = (tl.exp2(z - lse2) * weigh - tl.where(col == target, 1.0, 0.0)) * factor
+            du = tl.where(valid & (col < vocab_real), du, 0.0)
+            tl.store(U + col, du.to(U.dtype.element_ty), mask=col < V)
+
+
+def accumulate(dw, du, x, first):
+    """dw (V, d) += du^T x, whose products a GPU sums and adds in fp32 whatever du and x are stored in."""
+    beta = 0 if first else 1
+    if du.dtype == dw.dtype:
+        torch.addmm(dw, du.T, x, beta=beta, out=dw)
+    elif dw.is_cuda:
+        torch.addmm(dw, du.T, x, torch.float32, beta=beta, out=dw)
+    else:
+        torch.addmm(dw, du.T.float(), x.float(), beta=beta, out=dw)
+
+
+@torch.library.custom_op("nanocrystal::linear_ce", mutates_args=())
+def linear_ce_op(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, logit_scale: float, z_coef: float, ignore_index: int,
+    vocab_real: int, divisor: torch.Tensor | None, rows: int, with_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> loss, token_loss (N,), lse_sq_sum, and dx, dw as x and weight, which are empty unless with_grad."""
+    N, V, w = len(x), len(weight), weight.to(x.dtype)
+    if divisor is None:
+        divisor = (target != ignore_index).sum().clamp_min(1)
+    divisor = divisor.to(torch.float32)
+    _, token_loss, _, dx, _ = linear_ce_fake(x, weight, target, 1.0, 0.0, 0, 0, None, rows, with_grad)
+    lse_sq, logits = torch.empty_like(token_loss), x.new_empty(min(rows, N), V)
+    # in one chunk cuBLAS can round the sum it keeps in fp32; several chunks must add up before they are rounded
+    dtype = weight.dtype if weight.dtype == w.dtype and rows >= N else torch.float32
+    dw = torch.empty(weight.shape if with_grad else 0, dtype=dtype, device=x.device)
+    BLOCK, warps, stages = tile("linear_ce", V, x.dtype, (4096, 8, 1))
+    for lo in range(0, N, rows):
+        some = x[lo : lo + rows]
+        u = torch.mm(some, w.T, out=logits[: len(some)])
+        cross_entropy_kernel[(len(some),)](
+            u, target[lo:], divisor, token_loss[lo:], lse_sq[lo:], logit_scale, z_coef, ignore_index, vocab_real,
+            V, BLOCK, stages, with_grad, num_warps=warps,
+        )  # fmt: skip
+        if with_grad:
+            torch.mm(u, w, out=dx[lo : lo + rows])
+            accumulate(dw, u, some, first=lo == 0)
+    lse_sq_sum = lse_sq.sum()
+    loss = (token_loss.sum() + z_coef * lse_sq_sum) / divisor
+    return loss, token_loss, lse_sq_sum, dx, dw.to(weight.dtype)
+
+
+@linear_ce_op.register_fake
+def linear_ce_fake(x, weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad):
+    loss, lse_sq_sum = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    dx, dw = (torch.empty_like(t) if with_grad else t.new_empty(0) for t in (x, weight))
+    return loss, x.new_empty(len(x), dtype=torch.float32), lse_sq_sum, dx, dw
+
+
+def save(ctx, inputs, output):
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, dloss, *_):
+    dx, dw = ctx.saved_tensors
+    return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), *[None] * 6
+
+
+linear_ce_op.register_autograd(lambda ctx, *grads: (*backward(ctx, *grads), None, None), setup_context=save)
 
 
 def linear_ce(
@@ -62,12 +173,22 @@ def linear_ce(
     `ignore_index` count for nothing. Columns from `vocab_real` (default V) on are padding and get no probability.
     loss = (sum of losses + z_coef * sum of lse^2) / divisor, where divisor is the number of valid targets if None (else
     a number or scalar tensor: Crystal divides by batch * length whatever is masked), and the z term keeps the softmax
-    normaliser near 1 (PaLM, arXiv 2204.02311, section 5). max_logit_bytes bounds one chunk of fp32 logits.
+    normaliser near 1 (PaLM, arXiv 2204.02311, section 5). max_logit_bytes bounds one chunk of logits.
     Returns loss, a scalar with gradient; token_loss, (N,), without z-loss, 0 where ignored; and the sum of lse^2: fp32.
     The last two carry no gradient: they serve logs and evaluation.
     """
-    budget = max_logit_bytes or LOGIT_BYTES.get(x.device.type, 4 << 30)
-    rows = max(1, min(len(x), budget // (4 * len(weight))))
+    fused = runs_triton("linear_ce", x)
+    # the reference keeps a chunk's probabilities in fp32
+    rows = (max_logit_bytes or LOGIT_BYTES.get(x.device.type, 4 << 30)) // ((x.itemsize if fused else 4) * len(weight))
+    rows = max(1, min(len(x), rows // 1024 * 1024 if rows >= 2048 else rows))
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     vocab_real = len(weight) if vocab_real is None else vocab_real
-    return LinearCE.apply(x, weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad)
+    if not fused:
+        return Reference.apply(
+            x, weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad
+        )
+    if divisor is not None and not torch.is_tensor(divisor):
+        divisor = torch.full((), divisor, dtype=torch.float32, device=x.device)
+    return linear_ce_op(
+        x.contiguous(), weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad
+    )[:3]

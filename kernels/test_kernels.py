@@ -1,0 +1,560 @@
+"""Every kernel against float64, in Triton's interpreter on a CPU or, where there is one, on an NVIDIA GPU.
+
+    TRITON_INTERPRET=1 python -m pytest kernels/test_kernels.py     # without a GPU; test_smoke.py does this too
+    python -m pytest kernels/test_kernels.py                        # on one
+
+The interpreter must be on before Triton is imported. It sees arithmetic and indexing, not races, alignment or speed, so
+on a GPU the same tests take larger sizes, another seed each time, and real bf16. Memory that nobody wrote is NaN: see
+`poison`. The oracles are written out in float64, apart from the references that stand beside the kernels.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from kernels import add_norm, attention, backend, batch_mask, linear_ce, rope_qkv_, rope_tables, swiglu
+from kernels.attention import attention_mask, visible
+from model import GPT, GPTConfig, init_weights
+
+GPU = torch.cuda.is_available() and not backend.INTERPRET
+if not (GPU or backend.INTERPRET):
+    pytest.exit("there is no GPU and TRITON_INTERPRET=1 is not set, or triton is not installed", returncode=2)
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if GPU else "cpu"
+SEED = int.from_bytes(os.urandom(4), "little") if GPU else 1
+# the interpreter cuts bf16 off where hardware rounds: twice the error, and biased
+EPS = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 3e-3 if GPU else 8e-3}
+DTYPES = list(EPS)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is NaN, so that an element nobody wrote is seen; and all operations are Triton's."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    before = dict(backend.using)
+    backend.using.update(dict.fromkeys(backend.using, "triton"))
+    yield
+    backend.using.update(before)
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape, dtype=torch.float32, scale=1.0, shift=0.0, salt=0):
+    generator = torch.Generator().manual_seed(SEED + salt + sum(shape) * 7919)
+    return (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(DEVICE)
+
+
+def assert_close(got, want, tolerance, what=""):
+    """Relative error in the norm over the whole tensor; NaN never passes."""
+    error = (got.double() - want).norm().item()
+    assert error <= tolerance * want.norm().item() + 1e-30, f"{what}: {error / want.norm().item():.2e}, seed {SEED}"
+
+
+def gradients(function, inputs, upstream):
+    """Outputs of function and gradients of sum(output * upstream) over the inputs that are not None."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    total = sum((y * u.to(y.dtype)).sum() for y, u in zip(outputs, upstream, strict=True) if u is not None)
+    return outputs, torch.autograd.grad(total, [x for x in leaves if x is not None])
+
+
+def compare(function, oracle, inputs, upstream, tolerances):
+    """function on the inputs as they are against oracle on them in float64: outputs, then gradients."""
+    outputs, grads = gradients(function, inputs, upstream)
+    wide = [None if x is None else x.double() for x in inputs]
+    want, want_grads = gradients(oracle, wide, [None if u is None else u.double() for u in upstream])
+    tensors = zip((*outputs, *grads), (*want, *want_grads), tolerances, strict=True)
+    for i, (a, b, tolerance) in enumerate(tensors):
+        assert_close(a, b, tolerance, f"tensor {i}")
+
+
+# --------------------------------------------------------------------------------------------------------------- norm
+
+
+def norm_oracle(rms, alpha):
+    def oracle(x, residual, weight, bias):
+        r = alpha * x if residual is None else residual + alpha * x
+        centred = r if rms else r - r.mean(-1, keepdim=True)
+        y = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+        return y if bias is None else y + bias, r
+
+    return oracle
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize(("rms", "with_bias", "alpha"), [(False, True, 1.0), (False, False, 0.5), (True, False, 1.0)])
+def test_add_norm_forward_and_backward(rms, with_bias, alpha, with_residual, dtype):
+    shape = (3, 4097, 771) if GPU else (2, 7, 37)
+    x, residual = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, salt=1) if with_residual else None
+    weight, bias = draw(shape[-1], shift=1.0), draw(shape[-1], salt=2) if with_bias else None
+    upstream = [draw(*shape, dtype=dtype, salt=3), draw(*shape, dtype=dtype, salt=4)]
+    eps, sums = EPS[dtype], max(1e-4, 4 * EPS[dtype])  # r is rounded to dtype before anything is made of it
+    tolerances = [eps * 2, eps, *[eps * 2] * (1 + with_residual), *[sums] * (1 + with_bias)]
+    compare(
+        lambda *t: add_norm(*t, rms=rms, alpha=alpha), norm_oracle(rms, alpha),
+        [x, residual, weight, bias], upstream, tolerances,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_gradients_of_the_norms_weights_are_sums_in_fp32_also_when_the_rows_are_bf16(rms):
+    shape = (32769, 768) if GPU else (40, 64)
+    x, dy, weight = draw(*shape, dtype=torch.bfloat16), draw(*shape, dtype=torch.bfloat16, salt=1), draw(shape[1])
+    bias = None if rms else draw(shape[1], salt=2)
+    _, grads = gradients(lambda x, w, b: add_norm(x, None, w, b, rms=rms), [x, weight, bias], [dy, None])
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    _, want = gradients(lambda x, w, b: norm_oracle(rms, 1.0)(x, None, w, b), wide, [dy.double(), None])
+    for got, expected in zip(grads[1:], want[1:], strict=True):
+        assert_close(got, expected, 1e-4)
+
+
+def test_norms_of_rows_far_from_zero_of_constant_rows_and_of_a_residual_stream_in_fp32():
+    d = 768 if GPU else 40
+    far = draw(9, d, shift=1000.0)
+    residual, branch = draw(9, d, salt=1), draw(9, d, dtype=torch.bfloat16, salt=2)
+    ones = torch.ones(d, device=DEVICE)
+    want = norm_oracle(False, 1.0)(far.double(), None, ones.double(), None)[0]
+    assert_close(add_norm(far, None, ones)[0], want, 1e-4)  # fp32 itself has 3e-5 of a step of 1 at 1000
+    y, _ = add_norm(torch.full((3, d), 7.0, device=DEVICE), None, ones, draw(d))
+    assert torch.equal(y, draw(d).expand(3, d))  # nothing but the bias
+    y, r = add_norm(branch, residual, ones)
+    assert r.dtype == y.dtype == torch.float32
+    assert_close(r, residual.double() + branch.double(), 1e-7)
+    assert_close(y, norm_oracle(False, 1.0)(branch.double(), residual.double(), ones.double(), None)[0], 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- swiglu
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_swiglu_forward_and_backward(gate_first, dtype):
+    shape = (2, 1025, 2 * 2728) if GPU else (2, 3, 2 * 1032)  # a part of a block at the end of each row
+    x, dh = draw(*shape, dtype=dtype, scale=3.0), draw(*shape[:-1], shape[-1] // 2, dtype=dtype, salt=1)
+
+    def oracle(x):
+        gate, up = x.chunk(2, -1) if gate_first else x.chunk(2, -1)[::-1]
+        return [gate / (1 + (-gate).exp()) * up]
+
+    compare(lambda x: [swiglu(x, gate_first)], oracle, [x], [dh], [EPS[dtype]] * 2)
+
+
+def test_swiglu_saturates_without_nan_and_leaves_unaligned_widths_to_torch():
+    x = torch.tensor([-3e4, -100.0, 0.0, 100.0, 3e4, 1.0, 1.0, 1.0] * 4, device=DEVICE)[None].requires_grad_()
+    (grad,) = torch.autograd.grad(swiglu(x).sum(), x)
+    assert swiglu(x).isfinite().all() and grad.isfinite().all()
+    odd = draw(3, 2 * 5461)  # Crystal's MLP has 10,922 columns
+    assert torch.equal(swiglu(odd), torch.nn.functional.silu(odd[:, :5461]) * odd[:, 5461:])
+
+
+# --------------------------------------------------------------------------------------------------------------- rope
+
+
+def turn(qkv, R, interleaved, pos):
+    """q, k, v (B, H, T, D) in float64, rotated by multiplication with complex numbers."""
+    B, T = qkv.shape[:2]
+    frequency = 10000.0 ** (-torch.arange(0, R, 2, device=qkv.device).double() / R)
+    angle = (torch.arange(T, device=qkv.device).expand(B, T) if pos is None else pos)[..., None] * frequency
+    unit = torch.polar(torch.ones_like(angle), angle)[:, None]
+    heads = []
+    for part, x in enumerate(qkv.double().unbind(2)):
+        x = x.transpose(1, 2)
+        if part < 2:
+            a, b = (x[..., 0:R:2], x[..., 1:R:2]) if interleaved else (x[..., : R // 2], x[..., R // 2 : R])
+            z = torch.complex(a, b) * unit
+            both = torch.stack((z.real, z.imag), -1).flatten(-2) if interleaved else torch.cat((z.real, z.imag), -1)
+            x = torch.cat((both, x[..., R:]), -1)
+        heads.append(x)
+    return heads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("R", [4, 6, 16])  # a quarter, no power of two, all of the head
+@pytest.mark.parametrize("with_pos", [False, True])
+def test_rope_forward_and_backward(with_pos, R, interleaved, dtype):
+    B, T, H, D = (3, 1031, 5, 16) if GPU else (2, 7, 3, 16)
+    cos, sin = rope_tables(2 * T, R, device=DEVICE)
+    pos = torch.randint(2 * T, (B, T), device=DEVICE, dtype=torch.int32) if with_pos else None
+    qkv = draw(B, T, 3, H, D, dtype=dtype)
+    upstream = [draw(B, T, H, D, dtype=dtype, salt=i).transpose(1, 2) for i in range(3)]  # strided, as SDPA's are
+    compare(
+        lambda x: rope_qkv_(x.clone(), cos, sin, interleaved, pos), lambda x: turn(x, R, interleaved, pos),
+        [qkv], upstream, [EPS[dtype], EPS[dtype], 0, EPS[dtype]],
+    )  # fmt: skip
+
+
+def test_rope_writes_in_place_only_what_turns_and_its_backward_undoes_it():
+    B, T, H, D, R = (4, 2048, 12, 64, 16) if GPU else (2, 9, 2, 16, 4)
+    cos, sin = rope_tables(T, R, device=DEVICE)
+    original = draw(B, T, 3, H, D)
+    qkv = original.clone()
+    heads = rope_qkv_(qkv, cos, sin)
+    assert all(head.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() for head in heads)
+    assert torch.equal(qkv[..., R:], original[..., R:]) and torch.equal(qkv[:, :, 2], original[:, :, 2])
+    back = torch.ops.nanocrystal.rope_pack(*heads, cos, sin, None, False)
+    assert_close(back, original.double(), 5e-7)
+    different = [heads[0].contiguous(), heads[1], heads[2]]
+    assert torch.equal(torch.ops.nanocrystal.rope_pack(*different, cos, sin, None, False), back)
+
+
+# ---------------------------------------------------------------------------------------------------------- linear_ce
+
+
+def ce_oracle(target, logit_scale, z_coef, vocab_real, divisor):
+    def oracle(x, weight):
+        logits = x @ weight[:vocab_real].T * logit_scale
+        valid = target != -1
+        lse = torch.logsumexp(logits, 1) * valid
+        loss = (lse - logits.gather(1, target.clamp_min(0)[:, None])[:, 0]) * valid
+        n = valid.sum().clamp_min(1) if divisor is None else divisor
+        return (loss.sum() + z_coef * lse.square().sum()) / n, loss, lse.square().sum()
+
+    return oracle
+
+
+CE = {  # x scale, logit_scale, z_coef, padding, divisor, ignored rows
+    "plain": (1.0, 1.0, 0.0, 0, None, 0),
+    "Crystal: scale, z-loss, padding, fixed divisor, ignored rows": (1.0, 0.13875, 1e-3, 45, 64.0, 5),
+    "logits of hundreds": (100.0, 1.0, 1e-4, 0, None, 1),
+    "divisor on the device": (1.0, 2.22, 0.0, 7, "tensor", 2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("case", CE)
+def test_linear_ce_forward_and_backward(case, chunks, dtype):
+    scale, logit_scale, z_coef, padding, divisor, ignored = CE[case]
+    N, d, V = (4001, 768, 50304) if GPU else (40, 24, 1000)
+    x, weight = draw(N, d, dtype=dtype, scale=scale), draw(V, d, scale=d**-0.5)
+    target = torch.randint(V - padding, (N,), generator=torch.Generator().manual_seed(SEED)).to(DEVICE)
+    target[torch.arange(ignored) * 3] = -1
+    given = torch.tensor(37.0, device=DEVICE) if divisor == "tensor" else divisor
+    budget = x.itemsize * V * -(-N // chunks)
+
+    def ours(x, weight):
+        return linear_ce(x, weight, target, logit_scale, z_coef, -1, V - padding, given, budget)
+
+    # logits of the size of a hundred, rounded to 8 bits, are half a nat off: the loss is exact, for those logits
+    rough = 40 if scale > 1 and dtype != torch.float32 else 1
+    loss = max(1e-6, EPS[dtype] / 8) * rough
+    grad = max(3e-6, EPS[dtype] * 2) * rough
+    with torch.no_grad():
+        rounded = weight.to(dtype).float()  # the products are made of the weight in x's dtype
+    compare(
+        ours, ce_oracle(target, logit_scale, z_coef, V - padding, given), [x, rounded], [draw(1)[0], None, None],
+        [loss, loss * 4, loss * 4, grad, grad],
+    )  # fmt: skip
+
+
+def test_linear_ce_of_ignored_rows_only_is_zero_with_zero_gradients():
+    x, weight = draw(8, 16), draw(100, 16)
+    target = torch.full((8,), -1, device=DEVICE)
+    outputs, grads = gradients(lambda x, w: linear_ce(x, w, target, z_coef=1e-2), [x, weight], [draw(1)[0], None, None])
+    assert all(not t.any() for t in (*outputs, *grads))  # NaN would be true
+
+
+def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
+    """softmax = 1 - 4e-4 of the target rounds to 1 in bf16; its gradient is not 0."""
+    d, V = 16, 64
+    x, weight = torch.zeros(16, d, dtype=torch.bfloat16, device=DEVICE), torch.zeros(V, d, device=DEVICE)
+    x[:, 0], weight[3, 0] = 1.0, 12.0
+    target = torch.full((16,), 3, device=DEVICE)
+    inputs, upstream = [x, weight], [torch.ones((), device=DEVICE), None, None]
+    _, (dx, _) = gradients(lambda x, w: linear_ce(x, w, target), inputs, upstream)
+    _, (want, _) = gradients(ce_oracle(target, 1.0, 0.0, V, None), [t.double() for t in inputs], upstream)
+    assert want[:, 0].abs().min() > 0 and (dx[:, 0].double() / want[:, 0] - 1).abs().max() < 2e-2
+
+
+def test_evaluation_has_the_losses_of_training_and_keeps_no_gradients():
+    N, V = (3001, 32128) if GPU else (20, 300)
+    x, weight = draw(N, 32), draw(V, 32).requires_grad_()
+    target = torch.randint(V, (N,)).to(DEVICE)
+    trained = linear_ce(x, weight, target, z_coef=1e-3)
+    with torch.no_grad():
+        evaluated = linear_ce(x, weight, target, z_coef=1e-3)
+        *_, dx, dw = torch.ops.nanocrystal.linear_ce(x, weight, target, 1.0, 0.0, -1, V, None, N, False)
+    assert trained[0].requires_grad and not evaluated[0].requires_grad and dx.numel() == dw.numel() == 0
+    assert not trained[1].requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
+
+
+def test_linear_ce_holds_no_more_logits_than_its_budget(monkeypatch):
+    """Sizes of all products with V columns, over budgets from one row to more than the batch."""
+    x, weight, target = draw(40, 8), draw(96, 8), torch.zeros(40, dtype=torch.long, device=DEVICE)
+    rows, real = [], torch.mm
+
+    def mm(a, b, **out):
+        rows.append(len(a))
+        return real(a, b, **out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    for budget in (1, 96 * 4, 96 * 4 * 7 + 3, 1 << 30):
+        rows.clear()
+        with torch.no_grad():
+            linear_ce(x, weight, target, max_logit_bytes=budget)
+        assert sum(rows) == 40 and max(rows) == max(1, min(40, budget // (96 * 4)))
+
+
+@pytest.mark.skipif(not GPU, reason="13 GB of logits")
+def test_offsets_beyond_two_to_the_31():
+    N, V = 65536, 50304
+    x, weight = draw(N, 64, dtype=torch.bfloat16), draw(V, 64, dtype=torch.bfloat16, scale=0.1)
+    target = torch.randint(V, (N,), device=DEVICE)
+    with torch.no_grad():
+        losses = linear_ce(x, weight, target, max_logit_bytes=16 << 30)[1]
+        want = ce_oracle(target[-64:], 1.0, 0.0, V, None)(x[-64:].double(), weight.double())[1]
+    assert_close(losses[-64:], want, 2e-3)
+    gate_up = draw(400_000, 2 * 4096, dtype=torch.bfloat16)
+    assert_close(swiglu(gate_up)[-1], swiglu(gate_up[-1:].cpu().double())[0].to(DEVICE), 3e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["causal", "prefix", "document"])
+def test_attention_under_every_mask(mode, dtype):
+    B, H, T, D = (2, 3, 384, 64) if GPU else (2, 3, 33, 8)
+    q, k, v = (draw(B, H, T, D, dtype=dtype, salt=i) for i in range(3))
+    prefix = torch.tensor([T // 3, 0], device=DEVICE)
+    doc = torch.arange(T, device=DEVICE)[None] // torch.tensor([[T // 5], [T]], device=DEVICE)
+    seen = torch.ones(T, T, device=DEVICE).tril().bool().expand(B, 1, T, T).clone()
+    for b in range(B):
+        if mode == "prefix":
+            seen[b, :, : prefix[b], : prefix[b]] = True
+        elif mode == "document":
+            seen[b] &= doc[b][:, None] == doc[b][None]
+
+    def oracle(q, k, v):
+        return [(q @ k.mT / D).masked_fill(~seen, -math.inf).softmax(-1) @ v]
+
+    mask = batch_mask(T, mode, prefix, doc)
+    tolerance = 5e-3 if dtype == torch.bfloat16 else 2e-3 if GPU and mask is not None else 2e-6  # tf32 in FlexAttention
+    compare(
+        lambda *qkv: [attention(*qkv, scale=1 / D, mode=mode, mask=mask)], oracle,
+        [q, k, v], [draw(B, H, T, D, dtype=dtype, salt=9)], [tolerance, *[tolerance * 4] * 3],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["prefix", "document"])
+def test_the_rule_of_flex_attention_is_the_dense_mask(mode):
+    from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+    T, prefix = 24, torch.tensor([7, 0, 24])
+    doc = torch.arange(T)[None] // torch.tensor([[5], [24], [1]])
+    dense = attention_mask(T, T, mode, prefix, doc)
+    rule = visible(mode, prefix, doc)
+    assert torch.equal(create_mask(rule, 3, 1, T, T, "cpu"), dense)
+    q, k, v = torch.randn(3, 3, 2, T, 8)
+    with torch.no_grad():  # FlexAttention has no backward on a CPU
+        block_mask = torch.nn.attention.flex_attention.create_block_mask(rule, 3, None, T, T, "cpu")
+        got = flex_attention(q, k, v, block_mask=block_mask, scale=0.125)
+        assert torch.allclose(got, attention(q, k, v, scale=0.125, mask=dense), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ how they fit in torch
+
+
+def op_arguments():
+    """(op, arguments) for every op, with and without what is optional."""
+    x, w = draw(4, 6, 16).requires_grad_(), draw(16).requires_grad_()
+    cos, sin = rope_tables(6, 4, device=DEVICE)
+    heads = [draw(4, 2, 6, 8, salt=i) for i in range(3)]
+    target = torch.randint(32, (10,)).to(DEVICE)
+    rows, weight = draw(10, 16).requires_grad_(), draw(32, 16).requires_grad_()
+    mean, rstd = draw(24), draw(24, salt=1).abs()
+    divisor = torch.tensor(10.0, device=DEVICE)
+    ops = torch.ops.nanocrystal
+    return [
+        (ops.add_norm, (x, draw(4, 6, 16, salt=1).requires_grad_(), w, w.detach(), 1e-5, False, 1.0)),
+        (ops.add_norm, (x, None, w, None, 1e-5, True, 0.5)),
+        (ops.add_norm_backward, (x.detach(), x.detach(), x.detach(), w.detach(), mean, rstd, False, True)),
+        (ops.add_norm_backward, (x.detach(), None, x.detach(), w.detach(), mean[:0], rstd, True, False)),
+        (ops.swiglu, (x, True)),
+        (ops.swiglu_backward, (draw(4, 6, 8), x.detach(), False)),
+        (ops.rope_rotate_, (draw(4, 6, 3, 2, 8), cos, sin, None, False)),
+        (ops.rope_pack, (*heads, cos, sin, torch.zeros(4, 6, dtype=torch.int32, device=DEVICE), True)),
+        (ops.linear_ce, (rows, weight, target, 1.0, 1e-3, -1, 30, None, 4, True)),
+        (ops.linear_ce, (rows, weight, target, 1.0, 0.0, -1, 32, divisor, 10, True)),
+    ]
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_ops_keep_the_rules_of_custom_operators(index):
+    """Schema, autograd registration, fake tensors and AOT dispatch, each checked by torch."""
+    op, arguments = op_arguments()[index]
+    torch.library.opcheck(op.default, arguments)
+
+
+KNOBS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=96)
+
+
+def step(model, salt=0):
+    """Loss and gradients of a small model on fixed tokens, divisor and z-loss as in training."""
+    g = torch.Generator().manual_seed(salt)
+    tokens = torch.randint(90, (2, 17), generator=g).to(DEVICE)
+    loss, token_loss, _ = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 1e-3, 32)
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), token_loss, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"parallel": True, "norm": "rmsnorm", "tie": False}, {"bias": True}])
+def test_the_model_takes_the_same_step_with_kernels_and_without(knobs):
+    model = GPT(GPTConfig(**KNOBS | knobs, vocab_real=90)).to(DEVICE)
+    init_weights(model, 1)
+    fused, again = step(model), step(model)
+    assert all(torch.equal(a, b) for a, b in zip(fused, again, strict=True))  # the same bits every time
+    backend.using.update(dict.fromkeys(backend.using, "torch"))
+    for a, b in zip(fused, step(model), strict=True):
+        assert_close(a, b.double(), 5e-6)
+
+
+@pytest.mark.parametrize("backend_name", ["aot_eager", *(["inductor"] if GPU else [])])
+def test_the_model_compiles_in_one_graph_with_the_kernels_inside(backend_name):
+    model = GPT(GPTConfig(**KNOBS, vocab_real=90)).to(DEVICE)
+    init_weights(model, 1)
+    want = step(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend_name)
+    for a, b in zip(step(compiled), want, strict=True):
+        assert_close(a, b.double(), 5e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- choice
+
+
+def test_auto_is_the_table_on_a_gpu_and_torch_elsewhere_and_triton_needs_a_reason_to_work(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRET", False)
+    assert "no NVIDIA GPU" in backend.choose("auto", "cpu", False) and set(backend.using.values()) == {"torch"}
+    with pytest.raises(ValueError, match="no NVIDIA GPU"):
+        backend.choose("triton", "cpu", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for compiled in (False, True):
+        backend.choose("auto", "cuda", compiled)
+        assert backend.using == {op: ways[compiled] for op, ways in backend.AUTO.items()}
+    backend.choose("torch", "cuda", False)
+    assert set(backend.using.values()) == {"torch"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "Ampere" in backend.choose("auto", "cuda", False) and set(backend.using.values()) == {"torch"}
+
+
+def test_without_triton_everything_runs_on_the_references():
+    code = """
+import sys; sys.modules["triton"] = None
+import torch
+from kernels import backend
+from model import GPT, GPTConfig, init_weights
+assert not backend.HAS_TRITON and "not installed" in backend.choose("auto", "cpu", False)
+model = GPT(GPTConfig()); init_weights(model, 1)
+tokens = torch.zeros(1, 8, dtype=torch.long)
+model(tokens, tokens)[0].backward()
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_with_kernels_follows_training_without_and_resumes_bit_for_bit(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data/text").mkdir(parents=True)
+    for split, n in (("train", 4000), ("val", 200)):  # each token is the one before plus 1 or 2: something to learn
+        (np.cumsum(rng.integers(1, 3, n)) % 90).astype(np.uint16).tofile(tmp_path / f"data/text/{split}.bin")
+    (tmp_path / "phase.py").write_text("mix = {'text': 1.0}\n")
+    model = [f"--{k}={v}" for k, v in KNOBS.items()]
+    common = [tmp_path / "phase.py", f"--data={tmp_path}/data", *model, "--batch=32", "--log_every=1", "--save_every=3",
+              "--eval_tokens=32", f"--device={DEVICE}", "--compile=no", "--dtype=float32"]  # fmt: skip
+
+    def run(out, kernels, budget):
+        assert (
+            train.main([*map(str, common), f"--out={tmp_path}/{out}", f"--kernels={kernels}", f"--budget={budget}"])
+            == 0
+        )
+        lines = (tmp_path / out / "phase/log.jsonl").read_text().splitlines()
+        return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+
+    plain, fused = run("plain", "torch", 32 * 8), run("fused", "triton", 32 * 8)
+    assert "triton: linear_ce, rope, norm, swiglu" in capsys.readouterr().out
+    assert len(fused) == 8 and np.allclose(plain, fused, rtol=2e-5) and fused != plain
+    shutil.rmtree(tmp_path / "fused/phase/checkpoints/step-00000008")  # as if it had been killed after step 6
+    assert run("fused", "triton", 32 * 8) == fused
+
+
+# ---------------------------------------------------------------------------------------------- compiled, without a GPU
+
+COMPILE = '''
+"""Compile the kernels as on a Hopper GPU and print, for each: its name, bytes of stack, and its memory instructions."""
+import subprocess, sys, tempfile
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+
+triton.runtime.driver.set_active(Driver())
+real = JITFunction.run
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    kernel = real(self, *args, grid=grid, warmup=True, **kwargs)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        used, code = (subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                      for flag in ("-res-usage", "-sass"))
+    words = [word for word in code.split() if word.startswith(("LDG", "STG", "LDL", "STL"))]
+    stack = used.split("STACK:")[1].split()[0]
+    print(self.fn.__module__, self.__name__, stack, *sorted(set(words)))
+
+JITFunction.run = compile_only
+bf16 = torch.bfloat16
+ops = torch.ops.nanocrystal
+import kernels
+for d in (768, 2048, 8192):
+    x, w = torch.empty(64, d, dtype=bf16), torch.empty(d)
+    y, r, mean, rstd = ops.add_norm(x, x, w, w, 1e-5, False, 1.0)
+    ops.add_norm_backward(y, r, r, w, mean, rstd, False, True)
+for f in (2048, 2816):
+    gate_up = torch.empty(4, 2 * f, dtype=bf16)
+    ops.swiglu_backward(ops.swiglu(gate_up, True), gate_up, True)
+for D in (64, 128):
+    cos, sin = kernels.rope_tables(64, D // 4)
+    qkv = torch.empty(2, 64, 3, 12, D, dtype=bf16)
+    ops.rope_rotate_(qkv, cos, sin, None, False)
+    ops.rope_pack(*qkv.permute(2, 0, 3, 1, 4), cos, sin, None, False)
+for V in (32128, 50304):
+    x, w, target = torch.empty(64, 32, dtype=bf16), torch.empty(V, 32, dtype=bf16), torch.zeros(64, dtype=torch.long)
+    ops.linear_ce(x, w, target, 1.0, 1e-3, -1, V - 100, None, 64, True)
+'''
+
+
+def test_every_kernel_compiles_for_hopper_keeps_to_registers_and_reads_16_bytes_at_a_time(tmp_path):
+    """As far as can be seen without a GPU: no local memory, and no narrow access to anything but scalars."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len({(module, name) for module, name, *_ in lines}) == 7
+    for module, name, stack, *words in lines:
+        assert stack == "0" and not any(word.startswith(("LDL", "STL")) for word in words), (module, name, stack)
+        assert any(word.startswith(("LDG.E.128", "LDGSTS.E.BYPASS.128")) for word in words), (module, name, words)
+        assert "STG.E.128" in words and not {"STG.E.U16", "STG.E.64"} & set(words), (module, name, words)
