@@ -1,9 +1,10 @@
 """What the parts of nanoCrystal reach on this machine, beside what the machine allows and what was aimed at.
 
     python bench.py                         # every section
-    python bench.py --only mix              # one of them: mix, tokenizer, model
+    python bench.py --only mix model        # some of them: mix, tokenizer, model, kernels, train, tune
     python bench.py --only model --nanogpt=../nanoGPT     # beside a clone of github.com/karpathy/nanoGPT, same shape
-    python bench.py --json bench.json       # the same numbers for a program
+    python bench.py --only kernels train    # on an NVIDIA GPU; --size=124M for one size of model
+    python bench.py --json bench.json       # the same numbers for a program; on a GPU always in results/<device>.json
 
 Rates are medians over rounds in which all ways take turns, so that what else runs on the machine falls on all alike;
 "of limit" is the median of the ratios within a round. A rate per CPU-second leaves out time the process had to wait.
@@ -12,10 +13,12 @@ A section is a function that returns rows (see row); add it to SECTIONS.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -34,8 +37,9 @@ import mix
 import prepare
 import tokenizer
 import train
+from kernels import backend
 from mix import Mix, Source
-from model import GPT, GPTConfig, init_weights
+from model import GPT, PRESETS, GPTConfig, init_weights
 
 
 def row(what, value, unit, per_cpu=None, of_limit=None, target=None):
@@ -370,9 +374,119 @@ def matmul_step(dtype):
     return step
 
 
+# ------------------------------------------------------------------------------------------------------------- train
+
+# tokens/s on an H200, planned from its rates of copying, multiplying and attention before anything ran, and asked for;
+# rows of 2,048 tokens a micro-step, 65,536 tokens a step
+GPU_SIZES = {"124M": (496e3, 460e3, 16), "350M": (188e3, 172e3, 8), "1.3B": (68.5e3, 60e3, 8)}
+
+
+def bench_train(sizes, steps=50, **shape):
+    """Steps of train.py on random tokens; for each size compiled and eager, with each kernel switched off in turn.
+
+    "of limit" is MFU, by train.py's formula and peak. shape: knobs instead of the GPU's, for a rehearsal.
+    """
+    shape = shape or {"block_size": 2048, "batch": 65_536, "vocab_size": 50_304}
+    each_off = {f"without {op}": {o: "torch" if o == op else "triton" for o in backend.using} for op in backend.using}
+    for size in sizes:
+        for mode in ("compiled", "eager"):
+            auto = {op: ways[mode == "compiled"] for op, ways in backend.AUTO.items()}
+            all_of = {f"all {way}": dict.fromkeys(backend.using, way) for way in ("triton", "torch")}
+            for name, using in ({"auto": auto} | all_of | each_off).items():
+                backend.using.update(using)
+                yield train_row(size, mode, name, steps, shape)
+
+
+def train_row(size, mode, name, steps, shape):
+    planned, asked, micro = GPU_SIZES.get(size, (None, None, 0))
+    what = f"{size}, {mode}, {name}"
+    try:
+        rate, mfu, gigabytes = measure_steps(size, mode == "compiled", micro, steps, shape)
+    except torch.OutOfMemoryError:
+        return row(f"{what}: out of memory", 0, "tokens/s") | {"planned": planned}
+    target = (asked, None) if asked and mode == "compiled" and name == "auto" else None
+    return row(f"{what}, {gigabytes:.1f} GB", rate, "tokens/s", None, mfu, target) | {"planned": planned}
+
+
+def measure_steps(size, compiled, micro, steps, shape):
+    """(median tokens/s, MFU, peak GB) of train.train_step, feeder and optimizer included."""
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    cfg = train.Config(size=size, mix={"random": 1.0}, budget=10**12, micro_batch=micro, **PRESETS[size] | shape)
+    torch._dynamo.reset()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random"
+        path.mkdir()
+        np.random.default_rng(0).integers(0, cfg.vocab_size, 10**7, dtype=np.uint16).tofile(path / "train.bin")
+        sources = {"random": Source(path, "train", cfg.block_size)}
+        (phase,) = train.build_phases([("bench", cfg)], sources, {}, 0)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        with torch.device(device):
+            model = GPT(train.model_config(cfg, cfg.vocab_size), dtype)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        if compiled:
+            model.compile(dynamic=False, backend="inductor" if cuda else "aot_eager")
+        optimizer = train.make_optimizer(model, cfg, device, None)
+        feeder, sums = train.Feeder(phase, 0, device), torch.zeros(2, 1, dtype=torch.float64, device=device)
+        _, peak = train.describe(device, dtype, compiled)
+        number = itertools.count(1)
+
+        def take(steps):
+            """Seconds of each step, on the device's clock."""
+            marks = [now(cuda)]
+            for _ in range(steps):
+                train.train_step(model, optimizer, feeder, phase, next(number), sums)
+                marks.append(now(cuda))
+            return seconds_between(marks, cuda)
+
+        take(3)  # compiles
+        once = median(take(2))
+        take(min(15, int(5 / once)))
+        times = take(max(5, min(steps, int(15 / once))))  # a slow model gets fewer steps, not more time
+        feeder.thread.shutdown()
+    rate = cfg.batch / median(times)
+    gigabytes = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    return rate, rate * model.flops_per_token() / peak, gigabytes
+
+
+def now(cuda):
+    """A moment on the device, or on the clock."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks, cuda):
+    if cuda:
+        torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
+
+
 # ------------------------------------------------------------------------------------------------------------- table
 
-SECTIONS = {"mix": bench_mix, "tokenizer": bench_tokenizer, "model": bench_model}
+GPU_SECTIONS = ("kernels", "train", "tune")
+SECTIONS = ("mix", "tokenizer", "model", *GPU_SECTIONS)
+
+
+def bench(section, args):
+    """The rows of a section, one by one as they are measured."""
+    if section == "mix":
+        return bench_mix()
+    if section == "tokenizer":
+        return bench_tokenizer()
+    if section == "model":
+        return bench_model(args.nanogpt, args.rounds)
+    if section == "train":
+        return bench_train(args.size or GPU_SIZES)
+    import kernels.bench
+
+    return kernels.bench.bench_kernels() if section == "kernels" else kernels.bench.tune()
 
 
 def machine():
@@ -400,29 +514,42 @@ def verdict(r):
     return f"{asked}: {'met' if r['met'] else 'MISSED'}"
 
 
-def print_table(section, rows):
-    print(f"\n{section:<58}{'measured':>12} {'':<11}{'per CPU-s':>10}{'of limit':>10}  target")
-    for r in rows:
-        numbers = [f"{r[key]:,.4g}" if r[key] is not None else "" for key in ("value", "per_cpu")]
-        share = "" if r["of_limit"] is None else f"{r['of_limit']:.3f}x"
-        print(f"{r['what']:<58}{numbers[0]:>12} {r['unit']:<11}{numbers[1]:>10}{share:>10}  {verdict(r)}")
+def print_row(r):
+    numbers = [f"{r[key]:,.4g}" if r[key] is not None else "" for key in ("value", "per_cpu")]
+    share = "" if r["of_limit"] is None else f"{r['of_limit']:.3f}x"
+    print(f"{r['what']:<58}{numbers[0]:>12} {r['unit']:<11}{numbers[1]:>10}{share:>10}  {verdict(r)}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SECTIONS, help="one section")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", help="some sections; all but tune if left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="model: a clone of nanoGPT to compare with")
     parser.add_argument("--rounds", type=int, default=7, help="model: steps to time")
+    parser.add_argument("--size", choices=GPU_SIZES, nargs="+", help="train: sizes of model")
     args = parser.parse_args()
-    about, tables = machine(), {}
+    about, gpu = machine(), torch.cuda.is_available()
+    if args.only and not gpu and set(args.only) & set(GPU_SECTIONS):
+        parser.error(f"{', '.join(GPU_SECTIONS)} need an NVIDIA GPU, and torch sees none")
+    sections = args.only or [s for s in SECTIONS if s != "tune" and (gpu or s not in GPU_SECTIONS)]
+    path = args.json or (
+        Path("results") / f"{re.sub(r'[^a-z0-9]+', '-', about['device'].lower())}.json" if gpu else None
+    )
+    tables = {}
+    if path and path.exists() and not args.json:  # other sections of the same device were measured before
+        tables = json.loads(path.read_text())["sections"]
     print("\n".join(f"{name:<9} {text}" for name, text in about.items()))
-    for section, bench in SECTIONS.items():
-        if args.only in (None, section):
-            tables[section] = bench(args.nanogpt, args.rounds) if section == "model" else bench()
-            print_table(section, tables[section])
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "sections": tables}, indent=1, default=float))
+    for section in sections:
+        columns = f"{'measured':>12} {'':<11}{'per CPU-s':>10}{'of limit':>10}  target"
+        print(f"\n{section:<58}" + (columns if section not in ("kernels", "tune") else ""))
+        tables[section] = []
+        for r in bench(section, args):
+            if section not in ("kernels", "tune"):  # which show their rows themselves
+                print_row(r)
+            tables[section].append(r)
+            if path:  # after every row: a run that is cut off has lost nothing
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps({"machine": about, "sections": tables}, indent=1, default=float) + "\n")
 
 
 if __name__ == "__main__":

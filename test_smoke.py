@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes on shared cores make OpenMP crawl; before torch
 
+import importlib
 import json
 import math
 import resource
@@ -954,3 +955,20 @@ def test_sample_and_plot_work_on_what_training_left(phases, tmp_path):
     pytest.importorskip("matplotlib")
     run("plot.py", tmp_path / "out", check=True)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real benchmarks")
+def test_the_gpu_benchmarks_run_to_the_end(monkeypatch, capsys):
+    """Rehearsed on a CPU, where "ours" is the reference: the code works, the times mean nothing."""
+    bench, kernels_bench = importlib.import_module("bench"), importlib.import_module("kernels.bench")
+    rows = list(kernels_bench.bench_kernels())
+    assert {r["op"] for r in rows} == {"linear_ce", "rope", "norm", "swiglu", "attention"}
+    for r in rows:
+        assert r["what"] == "softmax part" or (r["us"]["ours"] > 0 and not r["failed"]), r
+    table = capsys.readouterr().out
+    assert "AUTO = {" in table and table.count("\n| ") == len(rows) + 1
+    monkeypatch.setitem(PRESETS, "124M", {"n_layer": 1, "n_head": 2, "n_embd": 32})
+    monkeypatch.setitem(bench.GPU_SIZES, "124M", (1.0, 1e12, 0))
+    rows = list(bench.bench_train(["124M"], steps=5, block_size=16, batch=32, vocab_size=96))
+    assert len(rows) == 2 * 7 and all(r["value"] > 0 for r in rows)
+    assert [r["what"] for r in rows if r["target"]] == ["124M, compiled, auto, nan GB"] and not rows[0]["met"]

@@ -23,7 +23,7 @@ def visible(mode, prefix=None, doc=None, shift=0):
     if mode == "causal":
         return lambda b, h, q, k: q + shift >= k
     if mode == "prefix":
-        return lambda b, h, q, k: (q + shift >= k) | ((q + shift < prefix[b]) & (k < prefix[b]))
+        return lambda b, h, q, k: (q + shift >= k) | (k < prefix[b])
     if mode == "document":
         return lambda b, h, q, k: (q + shift >= k) & (doc[b, q + shift] == doc[b, k])
     raise ValueError(f"attention mode {mode!r} is not causal, prefix or document")

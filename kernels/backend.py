@@ -72,5 +72,5 @@ def tile(op, width, dtype, formula):
 
 
 def processors(x):
-    """Streaming multiprocessors of the GPU that x is on; in the interpreter, enough to have more than one program."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    """Streaming multiprocessors of the GPU that x is on; the interpreter is one."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -45,6 +45,8 @@ def poison():
     assert torch.empty(3, device=DEVICE).isnan().all()
     before = dict(backend.using)
     backend.using.update(dict.fromkeys(backend.using, "triton"))
+    if not GPU:  # several turns of the loops over columns at the small sizes here
+        backend.TILES.update({("linear_ce", width, size): (256, 4, 1) for width in (512, 1024) for size in (2, 4)})
     yield
     backend.using.update(before)
     torch.use_deterministic_algorithms(False)
@@ -96,7 +98,7 @@ def norm_oracle(rms, alpha):
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize(("rms", "with_bias", "alpha"), [(False, True, 1.0), (False, False, 0.5), (True, False, 1.0)])
 def test_add_norm_forward_and_backward(rms, with_bias, alpha, with_residual, dtype):
-    shape = (3, 4097, 771) if GPU else (2, 7, 37)
+    shape = (3, 4097, 771) if GPU else (3, 7, 37)  # in the interpreter 6 blocks of 4 rows for 4 programs
     x, residual = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, salt=1) if with_residual else None
     weight, bias = draw(shape[-1], shift=1.0), draw(shape[-1], salt=2) if with_bias else None
     upstream = [draw(*shape, dtype=dtype, salt=3), draw(*shape, dtype=dtype, salt=4)]
@@ -118,6 +120,15 @@ def test_gradients_of_the_norms_weights_are_sums_in_fp32_also_when_the_rows_are_
     _, want = gradients(lambda x, w, b: norm_oracle(rms, 1.0)(x, None, w, b), wide, [dy.double(), None])
     for got, expected in zip(grads[1:], want[1:], strict=True):
         assert_close(got, expected, 1e-4)
+
+
+def test_the_statistics_of_a_norm_are_those_of_the_residual_stream_as_stored():
+    """At 200, bf16 numbers are 1 apart: what is normalised must be the rounded sum, which the backward sees too."""
+    d = 768 if GPU else 64
+    x, residual = draw(32, d, dtype=torch.bfloat16, shift=100), draw(32, d, dtype=torch.bfloat16, shift=100, salt=1)
+    ones = torch.ones(d, device=DEVICE)
+    y, r = add_norm(x, residual, ones)
+    assert_close(y, norm_oracle(False, 1.0)(r.double(), None, ones.double(), None)[0], EPS[torch.bfloat16])
 
 
 def test_norms_of_rows_far_from_zero_of_constant_rows_and_of_a_residual_stream_in_fp32():
@@ -279,6 +290,22 @@ def test_a_target_that_is_nearly_certain_keeps_its_gradient_in_bf16():
     assert want[:, 0].abs().min() > 0 and (dx[:, 0].double() / want[:, 0] - 1).abs().max() < 2e-2
 
 
+def test_the_weights_gradient_is_no_worse_from_16_chunks_than_from_one():
+    """Sums of chunks in 16 bits would be several times as far off (Liger-Kernel#1391)."""
+    N, d, V, dtype = (16384, 768, 50304, torch.bfloat16) if GPU else (64, 24, 300, torch.float16)
+    x, weight = draw(N, d, dtype=dtype), draw(V, d, scale=d**-0.5).to(dtype).float()
+    target = torch.randint(V, (N,), generator=torch.Generator().manual_seed(SEED)).to(DEVICE)
+    upstream = [torch.ones((), device=DEVICE), None, None]
+    _, (_, want) = gradients(ce_oracle(target, 1.0, 0.0, V, None), [x.double(), weight.double()], upstream)
+    errors = []
+    for chunks in (1, 16):
+        budget = x.itemsize * V * (N // chunks)
+        _, (_, dw) = gradients(lambda x, w, b=budget: linear_ce(x, w, target, max_logit_bytes=b), [x, weight], upstream)
+        assert dw.dtype == torch.float32
+        errors.append((dw - want).norm() / want.norm())
+    assert errors[1] < 1.1 * errors[0] < 1e-2, errors
+
+
 def test_evaluation_has_the_losses_of_training_and_keeps_no_gradients():
     N, V = (3001, 32128) if GPU else (20, 300)
     x, weight = draw(N, 32), draw(V, 32).requires_grad_()
@@ -400,7 +427,7 @@ def test_ops_keep_the_rules_of_custom_operators(index):
     torch.library.opcheck(op.default, arguments)
 
 
-KNOBS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=96)
+KNOBS = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=96)
 
 
 def step(model, salt=0):
@@ -523,25 +550,25 @@ def compile_only(self, *args, grid, warmup, **kwargs):
                       for flag in ("-res-usage", "-sass"))
     words = [word for word in code.split() if word.startswith(("LDG", "STG", "LDL", "STL"))]
     stack = used.split("STACK:")[1].split()[0]
-    print(self.fn.__module__, self.__name__, stack, *sorted(set(words)))
+    print(self.fn.__module__, self.__name__, stack, *words)
 
 JITFunction.run = compile_only
 bf16 = torch.bfloat16
 ops = torch.ops.nanocrystal
 import kernels
-for d in (768, 2048, 8192):
+for d in (768, 8192):
     x, w = torch.empty(64, d, dtype=bf16), torch.empty(d)
     y, r, mean, rstd = ops.add_norm(x, x, w, w, 1e-5, False, 1.0)
     ops.add_norm_backward(y, r, r, w, mean, rstd, False, True)
-for f in (2048, 2816):
+for f in (2816,):
     gate_up = torch.empty(4, 2 * f, dtype=bf16)
     ops.swiglu_backward(ops.swiglu(gate_up, True), gate_up, True)
-for D in (64, 128):
+for D in (64,):
     cos, sin = kernels.rope_tables(64, D // 4)
     qkv = torch.empty(2, 64, 3, 12, D, dtype=bf16)
     ops.rope_rotate_(qkv, cos, sin, None, False)
     ops.rope_pack(*qkv.permute(2, 0, 3, 1, 4), cos, sin, None, False)
-for V in (32128, 50304):
+for V in (50304,):
     x, w, target = torch.empty(64, 32, dtype=bf16), torch.empty(V, 32, dtype=bf16), torch.zeros(64, dtype=torch.long)
     ops.linear_ce(x, w, target, 1.0, 1e-3, -1, V - 100, None, 64, True)
 '''
@@ -556,5 +583,7 @@ def test_every_kernel_compiles_for_hopper_keeps_to_registers_and_reads_16_bytes_
     assert len({(module, name) for module, name, *_ in lines}) == 7
     for module, name, stack, *words in lines:
         assert stack == "0" and not any(word.startswith(("LDL", "STL")) for word in words), (module, name, stack)
-        assert any(word.startswith(("LDG.E.128", "LDGSTS.E.BYPASS.128")) for word in words), (module, name, words)
-        assert "STG.E.128" in words and not {"STG.E.U16", "STG.E.64"} & set(words), (module, name, words)
+        wide = [word for word in words if "128" in word and word.startswith(("LDG", "STG"))]
+        assert {word[:3] for word in wide} == {"LDG", "STG"}, (module, name, words)
+        # what is left: statistics, targets, divisors, in single words; and the one logit that a target picks
+        assert sum(word in ("LDG.E.U16", "STG.E.U16", "STG.E.64") for word in words) <= 1, (module, name, words)
