@@ -339,14 +339,18 @@ def test_linear_ce_holds_no_more_logits_than_its_budget(monkeypatch):
 @pytest.mark.skipif(not GPU, reason="13 GB of logits")
 def test_offsets_beyond_two_to_the_31():
     N, V = 65536, 50304
-    x, weight = draw(N, 64, dtype=torch.bfloat16), draw(V, 64, dtype=torch.bfloat16, scale=0.1)
+    x, weight = (torch.randn(n, 64, device=DEVICE).bfloat16().requires_grad_() for n in (N, V))
     target = torch.randint(V, (N,), device=DEVICE)
-    with torch.no_grad():
-        losses = linear_ce(x, weight, target, max_logit_bytes=16 << 30)[1]
-        want = ce_oracle(target[-64:], 1.0, 0.0, V, None)(x[-64:].double(), weight.double())[1]
-    assert_close(losses[-64:], want, 2e-3)
-    gate_up = draw(400_000, 2 * 4096, dtype=torch.bfloat16)
-    assert_close(swiglu(gate_up)[-1], swiglu(gate_up[-1:].cpu().double())[0].to(DEVICE), 3e-3)
+    loss, losses, _ = linear_ce(x, weight, target, 0.1, max_logit_bytes=16 << 30)
+    (dx,) = torch.autograd.grad(loss, x)
+    oracle = ce_oracle(target[-64:], 0.1, 0.0, V, N)
+    outputs, grads = gradients(oracle, [x[-64:].double(), weight.double()], [torch.ones((), device=DEVICE), None, None])
+    assert_close(losses[-64:], outputs[1], 2e-3)
+    assert_close(dx[-64:], grads[0], 1e-2)
+    del loss, losses, dx
+    gate_up = torch.randn(400_000, 2 * 4096, device=DEVICE, dtype=torch.bfloat16)
+    gate, up = gate_up[-1].double().chunk(2)
+    assert_close(swiglu(gate_up)[-1], gate / (1 + (-gate).exp()) * up, 3e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -370,7 +374,7 @@ def test_attention_under_every_mask(mode, dtype):
         return [(q @ k.mT / D).masked_fill(~seen, -math.inf).softmax(-1) @ v]
 
     mask = batch_mask(T, mode, prefix, doc)
-    tolerance = 5e-3 if dtype == torch.bfloat16 else 2e-3 if GPU and mask is not None else 2e-6  # tf32 in FlexAttention
+    tolerance = 5e-3 if dtype == torch.bfloat16 else 2e-3 if GPU else 2e-6  # a GPU may multiply fp32 as tf32
     compare(
         lambda *qkv: [attention(*qkv, scale=1 / D, mode=mode, mask=mask)], oracle,
         [q, k, v], [draw(B, H, T, D, dtype=dtype, salt=9)], [tolerance, *[tolerance * 4] * 3],
@@ -507,19 +511,17 @@ def test_training_with_kernels_follows_training_without_and_resumes_bit_for_bit(
     common = [tmp_path / "phase.py", f"--data={tmp_path}/data", *model, "--batch=32", "--log_every=1", "--save_every=3",
               "--eval_tokens=32", f"--device={DEVICE}", "--compile=no", "--dtype=float32"]  # fmt: skip
 
-    def run(out, kernels, budget):
-        assert (
-            train.main([*map(str, common), f"--out={tmp_path}/{out}", f"--kernels={kernels}", f"--budget={budget}"])
-            == 0
-        )
+    def run(out, kernels):
+        assert train.main([*map(str, common), "--budget=256", f"--out={tmp_path}/{out}", f"--kernels={kernels}"]) == 0
         lines = (tmp_path / out / "phase/log.jsonl").read_text().splitlines()
         return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
 
-    plain, fused = run("plain", "torch", 32 * 8), run("fused", "triton", 32 * 8)
+    plain, fused = run("plain", "torch"), run("fused", "triton")
     assert "triton: linear_ce, rope, norm, swiglu" in capsys.readouterr().out
-    assert len(fused) == 8 and np.allclose(plain, fused, rtol=2e-5) and fused != plain
+    tolerance = 2e-3 if GPU else 2e-5  # train.py allows tf32
+    assert len(fused) == 8 and np.allclose(plain, fused, rtol=tolerance) and fused != plain
     shutil.rmtree(tmp_path / "fused/phase/checkpoints/step-00000008")  # as if it had been killed after step 6
-    assert run("fused", "triton", 32 * 8) == fused
+    assert run("fused", "triton") == fused
 
 
 # ---------------------------------------------------------------------------------------------- compiled, without a GPU
