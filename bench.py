@@ -511,7 +511,7 @@ def verdict(r):
         return ""
     least, most = r["target"]
     asked = f">= {least}" if most is None else f"< {most}" if not least else f"{least} to {most}"
-    return f"{asked}: {'met' if r['met'] else 'MISSED'}"
+    return f"{asked}: {'met' if r['met'] else 'MISSED'}" + (f"; planned {r['planned']:,.0f}" if "planned" in r else "")
 
 
 def print_row(r):

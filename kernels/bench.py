@@ -45,7 +45,7 @@ def device_us(way):
     return 1e6 * (time.perf_counter() - start)
 
 
-def host_us(way, calls=100):
+def host_us(way, calls=30):
     """Time until `way` has been given to the device, on shapes so small that the device keeps up."""
     way()
     if GPU:
@@ -95,10 +95,10 @@ def in_turns(ways, clock=device_us, rounds=3):
     return {n: median(t) for n, t in times.items()}, {n: [min(t), max(t)] for n, t in times.items()}, failed
 
 
-def compiled(function):
+def compiled(function, mode=None):
     """As a rival would be: static shapes, nothing left from the shape before."""
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, backend="inductor" if GPU else "aot_eager")
+    return torch.compile(function, dynamic=False, backend="inductor" if GPU else "aot_eager", mode=mode)
 
 
 def forward(function, *inputs):
@@ -118,11 +118,13 @@ def backward(function, *inputs):
     return make
 
 
-def row(op, what, shape, ways, limit_us, predicted_us, bar, rounds=3, memory=False, unit="GB/s"):
-    """One line of the table; limit_us: what the device allows, bar: the share of it asked of "ours"."""
-    us, spread, failed = in_turns(ways, rounds=rounds)
+def row(op, what, shape, ways, work, unit, limit_us, predicted_us, bar, memory=False):
+    """One line of the table. work: bytes or FLOP, as unit GB/s or TFLOP/s says; limit_us: what the device allows;
+    bar: the share of the limit that is asked of "ours", or None."""
+    us, spread, failed = in_turns(ways)
+    rate = work / us["ours"] / {"GB/s": 1e3, "TFLOP/s": 1e6}[unit] if "ours" in us else None
     result = dict(op=op, what=what, shape=shape, limit_us=limit_us, predicted_us=predicted_us, bar=bar, us=us,
-                  spread=spread, failed=failed)  # fmt: skip
+                  rate=rate, unit=unit, spread=spread, failed=failed)  # fmt: skip
     if memory:
         result["extra_mb"] = {
             name: in_turns({name: way}, extra_megabytes, 1)[0].get(name) for name, way in ways.items()
@@ -132,8 +134,8 @@ def row(op, what, shape, ways, limit_us, predicted_us, bar, rounds=3, memory=Fal
 
 
 def moves(n_bytes):
-    """(limit, prediction) in us of an operation that moves n_bytes: at a copy's rate, and at 90% of an H200's."""
-    return n_bytes / COPY["rate"] * 1e6, n_bytes / (0.9 * H200_COPY) * 1e6
+    """work, unit, limit and prediction of an operation that moves n_bytes: at a copy's rate; at 90% of an H200's."""
+    return n_bytes, "GB/s", n_bytes / COPY["rate"] * 1e6, n_bytes / (0.9 * H200_COPY) * 1e6
 
 
 def liger(name):
@@ -143,14 +145,22 @@ def liger(name):
     return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
 
 
-def four_ways(pass_, ours, plain, rival, *inputs):
-    """pass_ is `forward` or `backward`; plain and rival as functions of the same inputs, rival may be None."""
+def all_ways(pass_, ours, plain, rival, *inputs, largest=False):
+    """pass_ is `forward` or `backward`; plain and rival are functions of the same inputs, rival may be None.
+
+    largest: the largest shape of its operation, on which Inductor is also given time to search.
+    """
     ways = {
         "eager": (pass_(plain, *inputs), "torch"),
         "compile": (lambda: pass_(compiled(plain), *inputs)(), "torch"),
         "ours": (pass_(ours, *inputs), "triton"),
     }
-    return ways | ({"liger": (pass_(rival, *inputs), "torch")} if rival else {})
+    if rival:
+        ways["liger"] = pass_(rival, *inputs), "torch"
+    if GPU and largest:
+        searched = functools.partial(compiled, mode="max-autotune-no-cudagraphs")
+        ways["compile, autotuned"] = (lambda: pass_(searched(plain), *inputs)(), "torch")
+    return ways
 
 
 def bench_norm():
@@ -159,9 +169,11 @@ def bench_norm():
             x, residual, weight = randn(M, d), randn(M, d), torch.ones(d, device=DEVICE)
             layer_norm, zeros = liger("liger_layer_norm"), torch.zeros(d, device=DEVICE)
             rival = layer_norm and (lambda x, r, w, f=layer_norm, b=zeros: (f(r + x, w, b, 1e-5), r))
+            three = lambda x, r, w: add_norm(x, r, w)
             plain = functools.partial(norm_reference, bias=None, eps=1e-5, rms=False, alpha=1.0)
             for what, pass_ in (("forward", forward), ("backward", backward)):
-                ways = four_ways(pass_, lambda x, r, w: add_norm(x, r, w), plain, rival, x, residual, weight)
+                largest = (M, d) == (ROWS[-1], max(WIDTHS))
+                ways = all_ways(pass_, three, plain, rival, x, residual, weight, largest=largest)
                 yield row("norm", what, f"{M} x {d}", ways, *moves(8 * d * M), bar=0.9)
 
 
@@ -172,7 +184,7 @@ def bench_swiglu():
             chunked = rival and (lambda x, g=rival: g(*x.chunk(2, -1)))
             plain = functools.partial(swiglu_reference, gate_first=True)
             for what, pass_, n_bytes in (("forward", forward, 6), ("backward", backward, 10)):
-                ways = four_ways(pass_, swiglu, plain, chunked, gate_up)
+                ways = all_ways(pass_, swiglu, plain, chunked, gate_up, largest=(M, f) == (ROWS[-1], MLP[-1]))
                 yield row("swiglu", what, f"{M} x {f}", ways, *moves(n_bytes * f * M), bar=0.9)
 
 
@@ -196,10 +208,10 @@ def bench_rope():
                 return rope_qkv_(qkv, cos, sin)
 
             # a quarter of q and k, read and written; at D = 64 whole sectors of 32 bytes are touched all the same
-            limit, predicted = moves(2 * d * M * (2 if D == 64 else 1))
-            ways = four_ways(forward, ours, plain, None, qkv)
-            yield row("rope", "forward", f"{M} x {d}, D {D}", ways, limit, predicted, bar=None)
-            ways = four_ways(backward, ours, plain, None, qkv)
+            largest = (M, d) == (ROWS[-1], max(WIDTHS))
+            ways = all_ways(forward, ours, plain, None, qkv, largest=largest)
+            yield row("rope", "forward", f"{M} x {d}, D {D}", ways, *moves(2 * d * M * (2 if D == 64 else 1)), bar=None)
+            ways = all_ways(backward, ours, plain, None, qkv, largest=largest)
             yield row("rope", "backward", f"{M} x {d}, D {D}", ways, *moves(12 * d * M), bar=0.9)
 
 
@@ -240,8 +252,13 @@ def bench_linear_ce():
             }  # fmt: skip
             if rival:
                 ways["liger"] = both(lambda x, w, t=target, f=rival: f(x, w, t, lse_square_scale=1e-4)), "torch"
+            if GPU and hasattr(F, "linear_cross_entropy"):
+                chunked = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+                ways["torch.nn's"] = both(lambda x, w, t=target, f=chunked: f(x, w, t)), "torch"
             predicted = {(8192, 768): 3800, (8192, 4096): 9300}.get((N, d))  # kernel bars for an H200
-            yield row("linear_ce", "both", shape, ways, limit, predicted, bar=1 / 1.1, memory=True)
+            yield row(
+                "linear_ce", "both", shape, ways, 6 * N * d * V, "TFLOP/s", limit, predicted, 1 / 1.1, memory=True
+            )
             ways = {"ours": (forward(entropy, u, target), "triton")}
             yield row("linear_ce", "softmax part", shape, ways, *moves(4 * V * N), bar=0.85)
             del u, products, ways
@@ -286,7 +303,8 @@ def bench_attention():
             ways["prefix mask"] = (pass_(masked, q, k, v), "torch")
             limit = flops / (2 * 8192**3 / peak) if GPU else None
             shape = f"{B} x {H} heads x {T}, D {D}"
-            yield row("attention", what, shape, ways, limit, flops / predicted.get((what, D), 1e12) * 1e6, bar=None)
+            time = flops / predicted.get((what, D), 1e12) * 1e6
+            yield row("attention", what, shape, ways, flops, "TFLOP/s", limit, time, bar=None)
 
 
 def bench_host():
@@ -312,15 +330,14 @@ def bench_host():
     for op, make in functions.items():
         us, _, failed = in_turns({"eager": (make, "torch"), "ours": (make, "triton")}, host_us)
         result = dict(op=op, what="host time", shape="64 rows", limit_us=None, predicted_us=None, bar=None, us=us,
-                      spread={}, failed=failed)  # fmt: skip
+                      rate=None, unit="", spread={}, failed=failed)  # fmt: skip
         print_row(result)
         yield result
 
 
-HEADER = (
-    f"| {'operation':<24} | {'shape':<22} | limit | predicted | eager | compile | Liger | ours | of limit | bar |\n"
-    f"|{'-' * 26}|{'-' * 24}|---:|---:|---:|---:|---:|---:|---:|---|"
-)
+HEADER = f"""\
+| {"operation":<24} | {"shape":<22} | limit | predicted | eager | compile | Liger | ours | rate | of limit | bar |
+|{"-" * 26}|{"-" * 24}|---:|---:|---:|---:|---:|---:|---:|---:|---|"""
 
 
 def print_row(r):
@@ -332,12 +349,16 @@ def print_row(r):
     ours, limit = r["us"].get("ours"), r["limit_us"]
     share = f"{limit / ours:.2f}" if ours and limit else ""
     met = "" if not (r["bar"] and share) else f"{r['bar']:.2f} " + ("met" if limit / ours >= r["bar"] else "MISSED")
+    rate = f"{r['rate']:,.0f} {r['unit']}" if r["rate"] else ""
     known = ("eager", "compile", "liger", "ours")
     cells = " | ".join([number(limit), number(r["predicted_us"]), *(number(r["us"].get(way)) for way in known)])
     notes = [f"{name} {us:,.0f}" for name, us in r["us"].items() if name not in known]
     notes += [f"{name} +{mb:,.0f} MB" for name, mb in r.get("extra_mb", {}).items()]
     comment = f"  <!-- {'; '.join(notes)} -->" if notes else ""
-    print(f"| {r['op'] + ', ' + r['what']:<24} | {r['shape']:<22} | {cells} | {share} | {met} |{comment}", flush=True)
+    print(
+        f"| {r['op'] + ', ' + r['what']:<24} | {r['shape']:<22} | {cells} | {rate} | {share} | {met} |{comment}",
+        flush=True,
+    )
     for name, error in r["failed"].items():
         print(f"<!-- {name} failed: {error} -->")
 
