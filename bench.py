@@ -12,6 +12,7 @@ A section is a function that returns rows (see row); add it to SECTIONS.
 """
 
 import argparse
+import gc
 import importlib.util
 import itertools
 import json
@@ -382,19 +383,19 @@ GPU_SIZES = {"124M": (496e3, 460e3, 16), "350M": (188e3, 172e3, 8), "1.3B": (68.
 
 
 def bench_train(sizes, steps=50, **shape):
-    """Steps of train.py on random tokens; for each size compiled and eager, with each kernel switched off in turn.
+    """Steps of train.py on random tokens, of every size compiled and eager, and with each kernel switched off in turn.
 
     "of limit" is MFU, by train.py's formula and peak. shape: knobs instead of the GPU's, for a rehearsal.
     """
     shape = shape or {"block_size": 2048, "batch": 65_536, "vocab_size": 50_304}
-    each_off = {f"without {op}": {o: "torch" if o == op else "triton" for o in backend.using} for op in backend.using}
-    for size in sizes:
-        for mode in ("compiled", "eager"):
-            auto = {op: ways[mode == "compiled"] for op, ways in backend.AUTO.items()}
-            all_of = {f"all {way}": dict.fromkeys(backend.using, way) for way in ("triton", "torch")}
-            for name, using in ({"auto": auto} | all_of | each_off).items():
-                backend.using.update(using)
-                yield train_row(size, mode, name, steps, shape)
+    ops = list(backend.using)
+    ways = {f"all {way}": dict.fromkeys(ops, way) for way in ("triton", "torch")}
+    ways |= {f"without {op}": dict.fromkeys(ops, "triton") | {op: "torch"} for op in ops}
+    for name in ("auto", *ways):  # what matters most of every size first
+        for size, mode in itertools.product(sizes, ("compiled", "eager")):
+            auto = {op: choices[mode == "compiled"] for op, choices in backend.AUTO.items()}
+            backend.using.update(ways.get(name, auto))
+            yield train_row(size, mode, name, steps, shape)
 
 
 def train_row(size, mode, name, steps, shape):
@@ -414,6 +415,7 @@ def measure_steps(size, compiled, micro, steps, shape):
     device = "cuda" if cuda else "cpu"
     cfg = train.Config(size=size, mix={"random": 1.0}, budget=10**12, micro_batch=micro, **PRESETS[size] | shape)
     torch._dynamo.reset()
+    gc.collect()  # a compiled model is part of a cycle, and would count as this one's memory
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -443,11 +445,13 @@ def measure_steps(size, compiled, micro, steps, shape):
                 marks.append(now(cuda))
             return seconds_between(marks, cuda)
 
-        take(3)  # compiles
-        once = median(take(2))
-        take(min(15, int(5 / once)))
-        times = take(max(5, min(steps, int(15 / once))))  # a slow model gets fewer steps, not more time
-        feeder.thread.shutdown()
+        try:
+            take(3)  # compiles
+            once = median(take(2))
+            take(min(15, int(5 / once)))
+            times = take(max(5, min(steps, int(15 / once))))  # a slow model gets fewer steps, not more time
+        finally:
+            feeder.thread.shutdown()
     rate = cfg.batch / median(times)
     gigabytes = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     return rate, rate * model.flops_per_token() / peak, gigabytes
@@ -537,19 +541,21 @@ def main():
     )
     tables = {}
     if path and path.exists() and not args.json:  # other sections of the same device were measured before
-        tables = json.loads(path.read_text())["sections"]
+        tables = json.loads(path.read_text())
     print("\n".join(f"{name:<9} {text}" for name, text in about.items()))
     for section in sections:
         columns = f"{'measured':>12} {'':<11}{'per CPU-s':>10}{'of limit':>10}  target"
         print(f"\n{section:<58}" + (columns if section not in ("kernels", "tune") else ""))
-        tables[section] = []
+        name = " ".join([section, *(args.size or ())]) if section == "train" else section
+        rows = []
         for r in bench(section, args):
             if section not in ("kernels", "tune"):  # which show their rows themselves
                 print_row(r)
-            tables[section].append(r)
+            rows.append(r)
+            tables[name] = {"machine": about, "rows": rows}
             if path:  # after every row: a run that is cut off has lost nothing
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps({"machine": about, "sections": tables}, indent=1, default=float) + "\n")
+                path.write_text(json.dumps(tables, indent=1, default=float) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,11 +49,12 @@ def read_phases(argv):
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
-def test_the_kernels_in_tritons_interpreter():
+def test_the_kernels_in_tritons_interpreter_or_on_a_gpu():
     """kernels/test_kernels.py in a process of its own, because Triton asks for its interpreter when it is imported."""
     if not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed")
-    test = run("-m", "pytest", "kernels/test_kernels.py", env=os.environ | {"TRITON_INTERPRET": "1"})
+    interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    test = run("-m", "pytest", "kernels/test_kernels.py", env=os.environ | interpreter)
     assert test.returncode == 0, test.stdout[-5000:] + test.stderr[-1000:]
 
 
@@ -401,6 +402,29 @@ def test_a_context_that_overflows_is_read_again_from_its_later_half():
     model, prompt = tiny(block_size=8), torch.randint(0, 64, (1, 8))
     words = list(model.generate(prompt, 4, temperature=0))
     assert words[1] == model(torch.cat((prompt[:, 5:], torch.tensor([words[:1]])), 1))[:, -1].argmax().item()
+
+
+def test_selective_recomputation_of_the_qkv_product_is_refused_and_any_other_changes_nothing():
+    """Rotation is in place: a saved product would be rotated again, which must be an error, not a wrong gradient."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    model, x = tiny(), torch.randn(2, 16, 32)
+    block = model.blocks[0]
+
+    def gradient(*saved, **kwargs):
+        def policy(ctx, op, *args, **kwargs):
+            return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+        leaf = x.clone().requires_grad_()
+        contexts = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if saved else {}
+        out = checkpoint(block, leaf, None, model.cos[:16], model.sin[:16], use_reentrant=False, **contexts)
+        return torch.autograd.grad(out[0].square().sum(), leaf)[0]
+
+    leaf = x.clone().requires_grad_()
+    plain = torch.autograd.grad(block(leaf, None, model.cos[:16], model.sin[:16])[0].square().sum(), leaf)[0]
+    assert torch.equal(gradient(), plain) and torch.equal(gradient(torch.ops.aten.silu.default), plain)
+    with pytest.raises(RuntimeError, match="mutated"):
+        gradient(torch.ops.aten.mm.default)
 
 
 def test_sampling_follows_temperature_and_top_p():

@@ -1,6 +1,7 @@
 """Which operations run as Triton kernels, and how those are launched.
 
-Everything here also works where Triton is not installed: then the kernels are plain functions that nobody calls.
+Everything here also works where Triton is not installed: then the kernels are plain functions that nobody calls. Triton
+launches on the current device, so a process with several GPUs calls torch.cuda.set_device first.
 """
 
 import os

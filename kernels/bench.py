@@ -1,8 +1,8 @@
 """How long the five operations take on a GPU: ours, eager PyTorch, torch.compile, Liger if it is installed.
 
 `python bench.py --only kernels` and `--only tune` run this. Device times are medians of launches with the L2 cache
-flushed before each (triton.testing.do_bench), and of rounds in which the ways take turns. The limit of an operation is
-what it must move or multiply, at the rate of a copy or of cuBLAS measured in the same run; a bar is a share of that
+flushed before each and the launch already queued, and of rounds in which the ways take turns. The limit of an operation
+is what it must move or multiply, at the rate of a copy or of cuBLAS measured in the same run; a bar is a share of that
 limit. Predictions are written down here, before anything was run, for an H200 that copies 4.3 TB/s.
 On a machine without a GPU the same code runs on toy shapes, and times mean nothing: a rehearsal for the tests.
 """
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import add_norm, attention, backend, batch_mask, linear_ce, rope_qkv_, rope_tables, swiglu
-from kernels.linear_ce import FORMULA, cross_entropy_kernel
+from kernels.linear_ce import cross_entropy_kernel
+from kernels.linear_ce import formula as linear_ce_formula
 from kernels.norm import reference as norm_reference
 from kernels.swiglu import reference as swiglu_reference
 
@@ -37,12 +38,30 @@ def randn(*shape):
     return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
-def device_us(way):
-    if GPU:
-        return 1e3 * backend.triton.testing.do_bench(way, warmup=5, rep=25, return_mode="median")
-    start = time.perf_counter()
-    way()
-    return 1e6 * (time.perf_counter() - start)
+@functools.cache
+def flush_buffer():
+    return torch.empty(1 << 28, dtype=torch.int8, device=DEVICE)  # several times the L2 cache
+
+
+def device_us(way, enough=50e3):
+    """Median of launches: 10 to 50 of them, or as many as fill `enough` microseconds."""
+    if not GPU:
+        start = time.perf_counter()
+        way()
+        return 1e6 * (time.perf_counter() - start)
+
+    def launches(n):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+        for start, end in events:
+            flush_buffer().zero_()
+            torch.cuda._sleep(1_000_000)  # half a millisecond, in which the host queues all of the way's kernels
+            start.record()
+            way()
+            end.record()
+        torch.cuda.synchronize()
+        return 1e3 * median(start.elapsed_time(end) for start, end in events)
+
+    return launches(min(50, max(10, int(enough / launches(3)))))
 
 
 def host_us(way, calls=30):
@@ -138,11 +157,11 @@ def moves(n_bytes):
     return n_bytes, "GB/s", n_bytes / COPY["rate"] * 1e6, n_bytes / (0.9 * H200_COPY) * 1e6
 
 
-def liger(name):
-    """A function of Liger's, or None without it."""
+def liger(name, module="liger_kernel.transformers.functional"):
+    """A function of Liger's, or None without it or in a version that has no such function."""
     if not GPU or not importlib.util.find_spec("liger_kernel"):
         return None
-    return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
+    return getattr(importlib.import_module(module), name, None)
 
 
 def all_ways(pass_, ours, plain, rival, *inputs, largest=False):
@@ -168,23 +187,30 @@ def bench_norm():
         for d in WIDTHS:
             x, residual, weight = randn(M, d), randn(M, d), torch.ones(d, device=DEVICE)
             layer_norm, zeros = liger("liger_layer_norm"), torch.zeros(d, device=DEVICE)
-            rival = layer_norm and (lambda x, r, w, f=layer_norm, b=zeros: (f(r + x, w, b, 1e-5), r))
+            rival = layer_norm and (lambda x, r, w, f=layer_norm, b=zeros: (f(s := r + x, w, b, 1e-5), s))
             three = lambda x, r, w: add_norm(x, r, w)
             plain = functools.partial(norm_reference, bias=None, eps=1e-5, rms=False, alpha=1.0)
             for what, pass_ in (("forward", forward), ("backward", backward)):
                 largest = (M, d) == (ROWS[-1], max(WIDTHS))
                 ways = all_ways(pass_, three, plain, rival, x, residual, weight, largest=largest)
+                ways["eager"] = pass_(rounded_norm, x, residual, weight), "torch"
                 yield row("norm", what, f"{M} x {d}", ways, *moves(8 * d * M), bar=0.9)
+
+
+def rounded_norm(x, residual, weight):
+    """The fastest way to write it in eager PyTorch: with the weight in bf16."""
+    r = residual + x
+    return F.layer_norm(r, weight.shape, weight.to(r.dtype)), r
 
 
 def bench_swiglu():
     for M in ROWS:
         for f in MLP:
-            gate_up, rival = randn(M, 2 * f), liger("liger_swiglu")
-            chunked = rival and (lambda x, g=rival: g(*x.chunk(2, -1)))
+            gate_up, rival = randn(M, 2 * f), liger("LigerFusedGateUpSiLUMulFunction", "liger_kernel.ops.swiglu")
+            packed = rival and (lambda x, g=rival: g.apply(x, False))
             plain = functools.partial(swiglu_reference, gate_first=True)
             for what, pass_, n_bytes in (("forward", forward, 6), ("backward", backward, 10)):
-                ways = all_ways(pass_, swiglu, plain, chunked, gate_up, largest=(M, f) == (ROWS[-1], MLP[-1]))
+                ways = all_ways(pass_, swiglu, plain, packed, gate_up, largest=(M, f) == (ROWS[-1], MLP[-1]))
                 yield row("swiglu", what, f"{M} x {f}", ways, *moves(n_bytes * f * M), bar=0.9)
 
 
@@ -207,7 +233,7 @@ def bench_rope():
             def ours(qkv, cos=cos, sin=sin):
                 return rope_qkv_(qkv, cos, sin)
 
-            # a quarter of q and k, read and written; at D = 64 whole sectors of 32 bytes are touched all the same
+            # a quarter of q and k, read and written; at D = 64 that is 32 bytes a head, where DRAM gives 64
             largest = (M, d) == (ROWS[-1], max(WIDTHS))
             ways = all_ways(forward, ours, plain, None, qkv, largest=largest)
             yield row("rope", "forward", f"{M} x {d}, D {D}", ways, *moves(2 * d * M * (2 if D == 64 else 1)), bar=None)
@@ -223,7 +249,7 @@ def bench_linear_ce():
             def plain(x, weight, target=target):
                 logits = (x @ weight.T).float()
                 lse = torch.logsumexp(logits, 1)
-                return F.cross_entropy(logits, target) + 1e-4 * lse.square().mean()
+                return (lse - logits.gather(1, target[:, None])[:, 0] + 1e-4 * lse.square()).mean()
 
             def both(function, x=x, weight=weight):
                 def make():
@@ -251,7 +277,10 @@ def bench_linear_ce():
                 "ours": (both(ours), "triton"),
             }  # fmt: skip
             if rival:
-                ways["liger"] = both(lambda x, w, t=target, f=rival: f(x, w, t, lse_square_scale=1e-4)), "torch"
+                ways["liger"] = (
+                    both(lambda x, w, t=target, f=rival: f(x, w, t, lse_square_scale=1e-4, accum_dtype=torch.float32)),
+                    "torch",
+                )
             if GPU and hasattr(F, "linear_cross_entropy"):
                 chunked = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
                 ways["torch.nn's"] = both(lambda x, w, t=target, f=chunked: f(x, w, t)), "torch"
@@ -260,6 +289,15 @@ def bench_linear_ce():
                 "linear_ce", "both", shape, ways, 6 * N * d * V, "TFLOP/s", limit, predicted, 1 / 1.1, memory=True
             )
             ways = {"ours": (forward(entropy, u, target), "triton")}
+            if (N, d) == (ROWS[-1], min(WIDTHS)):  # as train.py calls it: the weight cast, its gradient in fp32
+                for chunks in (1, 4):
+
+                    def trained(x, weight, target=target, budget=-(-N // chunks) * V * x.itemsize):
+                        return linear_ce(x, weight, target, z_coef=1e-4, max_logit_bytes=budget)[0]
+
+                    ways = {"ours": (both(trained, weight=weight.float()), "triton")}
+                    what = f"fp32 weight, {chunks} chunk{'s' * (chunks > 1)}"
+                    yield row("linear_ce", what, shape, ways, 6 * N * d * V, "TFLOP/s", limit, None, None, memory=True)
             yield row("linear_ce", "softmax part", shape, ways, *moves(4 * V * N), bar=0.85)
             del u, products, ways
 
@@ -268,7 +306,7 @@ def entropy(u, target):
     """The kernel between the products: logits u (N, V) to their gradients, in place."""
     divisor, losses = torch.ones((), device=DEVICE), torch.empty(2, len(u), device=DEVICE)
     V = u.shape[1]
-    BLOCK, warps, stages = backend.tile("linear_ce", V, u.dtype, FORMULA)
+    BLOCK, warps, stages = backend.tile("linear_ce", V, u.dtype, linear_ce_formula(V))
     cross_entropy_kernel[(len(u),)](
         u, target, divisor, *losses, 1.0, 1e-4, -1, V, V, BLOCK, stages, True, num_warps=warps
     )  # fmt: skip
@@ -353,7 +391,7 @@ def print_row(r):
     known = ("eager", "compile", "liger", "ours")
     cells = " | ".join([number(limit), number(r["predicted_us"]), *(number(r["us"].get(way)) for way in known)])
     notes = [f"{name} {us:,.0f}" for name, us in r["us"].items() if name not in known]
-    notes += [f"{name} +{mb:,.0f} MB" for name, mb in r.get("extra_mb", {}).items()]
+    notes += [f"{name} +{mb:,.0f} MB" for name, mb in r.get("extra_mb", {}).items() if mb is not None]
     comment = f"  <!-- {'; '.join(notes)} -->" if notes else ""
     print(
         f"| {r['op'] + ', ' + r['what']:<24} | {r['shape']:<22} | {cells} | {rate} | {share} | {met} |{comment}",
@@ -400,10 +438,10 @@ def tune():
     """Launch parameters beside the formulas, for `TILES` in backend.py; yields {"key", "tile", "us", "formula_us"}."""
     M, warps = (16384, (2, 4, 8, 16)) if GPU else (32, (4,))
     for d in (1024, 2048, 4096) if GPU else (32,):
-        x, weight = randn(M, d), torch.ones(d, device=DEVICE)
+        x, residual, weight = randn(M, d), randn(M, d), torch.ones(d, device=DEVICE)
         tiles = [(rows, w, stages) for rows in (1, 2, 4, 8) for w in warps for stages in (1, 2, 3) if rows * d <= 8192]
-        yield fastest("norm", d, [tile for tile in tiles if tile[2] == 1], forward(add_norm, x, x, weight))
-        yield fastest("norm_backward", d, tiles, backward(lambda x, r, w: add_norm(x, r, w), x, x, weight))
+        yield fastest("norm", d, [tile for tile in tiles if tile[2] == 1], forward(add_norm, x, residual, weight))
+        yield fastest("norm_backward", d, tiles, backward(lambda x, r, w: add_norm(x, r, w), x, residual, weight))
     for D in (64, 128) if GPU else (16,):
         T = min(M, 2048)
         qkv, tables = randn(M // T, T, 3, 1024 // D, D), rope_tables(T, D // 4, device=DEVICE)

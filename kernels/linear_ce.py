@@ -2,8 +2,8 @@
 
 Logits are the largest tensor of a small model: 32k tokens x 50k words are 3 GB in bf16, and naive code keeps several
 copies. Here rows are taken in chunks, and since the loss is the end of the network its gradients are formed in the
-forward pass, while a chunk's logits are still at hand. On a GPU chunks are as large as memory allows, because every
-chunk reads and writes the fp32 gradient of the weight; on a CPU as small as its cache.
+forward pass, while a chunk's logits are at hand. On a GPU chunks are large, because each reads and writes the fp32
+gradient of the weight; on a CPU as small as its cache.
 """
 
 import torch
@@ -60,7 +60,7 @@ def cross_entropy_kernel(
     U, TARGET, DIVISOR, LOSS, LSE_SQ, logit_scale, z_coef, ignore_index, vocab_real,
     V: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, WITH_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits u (rows, V) a program, the last row first: the product that wrote it left it in the cache.
+    """One row of logits u (rows, V) a program, the last row first: it was written last and may still be in the cache.
 
     Every lane keeps a maximum and a sum of its own columns, in base 2, so that the one exchange between lanes comes
     after the loop. The second pass replaces each logit by its gradient.
@@ -71,7 +71,8 @@ def cross_entropy_kernel(
     valid = target != ignore_index
     log2e: tl.constexpr = 1.4426950408889634
     scale = logit_scale * log2e
-    picked = tl.load(U + tl.where(valid, target, 0)).to(tl.float32) * logit_scale
+    known = (target >= 0) & (target < vocab_real)  # another target, if not ignored, makes the loss NaN
+    picked = tl.load(U + target, mask=known, other=float("nan")).to(tl.float32) * logit_scale
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -1e30, tl.float32)  # finite: a lane that sees no column must not make NaN of inf - inf
     total = tl.zeros([BLOCK], tl.float32)
@@ -101,7 +102,10 @@ def cross_entropy_kernel(
             tl.store(U + col, du.to(U.dtype.element_ty), mask=col < V)
 
 
-FORMULA = 4096, 8, 1  # columns, so that each of 256 threads reads 16 bytes of bf16 twice; not measured yet
+def formula(V):
+    """Columns so that each thread reads 16 bytes of bf16 twice. The second pass should find its row in the L2 cache:
+    of rows of 100 KB fewer may be under way at once. Not measured yet."""
+    return (4096, 8, 2) if V <= 32768 else (8192, 16, 2)
 
 
 def accumulate(dw, du, x, first):
@@ -130,7 +134,7 @@ def linear_ce_op(
     # in one chunk cuBLAS can round the sum it keeps in fp32; several chunks must add up before they are rounded
     dtype = weight.dtype if weight.dtype == w.dtype and rows >= N else torch.float32
     dw = torch.empty(weight.shape if with_grad else 0, dtype=dtype, device=x.device)
-    BLOCK, warps, stages = tile("linear_ce", V, x.dtype, FORMULA)
+    BLOCK, warps, stages = tile("linear_ce", V, x.dtype, formula(V))
     for lo in range(0, N, rows):
         some = x[lo : lo + rows]
         u = torch.mm(some, w.T, out=logits[: len(some)])
@@ -161,7 +165,8 @@ def save(ctx, inputs, output):
 
 def backward(ctx, dloss, *_):
     dx, dw = ctx.saved_tensors
-    return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), *[None] * 6
+    # in fp32, where loss / 3 does not become loss * 0.334
+    return (dx.float() * dloss).to(dx.dtype), (dw.float() * dloss).to(dw.dtype), *[None] * 6
 
 
 linear_ce_op.register_autograd(lambda ctx, *grads: (*backward(ctx, *grads), None, None), setup_context=save)
@@ -172,8 +177,9 @@ def linear_ce(
 ):
     """Cross-entropy of softmax(logit_scale * x weight^T) against target, plus z-loss, without the full logits.
 
-    x: (N, d) float. weight: (V, d) float, cast to x's dtype for the products. target: (N,) int64; rows equal to
-    `ignore_index` count for nothing. Columns from `vocab_real` (default V) on are padding and get no probability.
+    x: (N, d) float, N > 0; not fp16, in which gradients of a mean over thousands of rows are 0. weight: (V, d) float,
+    cast to x's dtype for the products. target: (N,) int64; rows equal to `ignore_index` count for nothing. Columns from
+    `vocab_real` (default V) on are padding and get no probability.
     loss = (sum of losses + z_coef * sum of lse^2) / divisor, where divisor is the number of valid targets if None (else
     a number or scalar tensor: Crystal divides by batch * length whatever is masked), and the z term keeps the softmax
     normaliser near 1 (PaLM, arXiv 2204.02311, section 5). max_logit_bytes bounds one chunk of logits.
@@ -183,7 +189,7 @@ def linear_ce(
     fused = runs_triton("linear_ce", x)
     # the reference keeps a chunk's probabilities in fp32
     rows = (max_logit_bytes or LOGIT_BYTES.get(x.device.type, 4 << 30)) // ((x.itemsize if fused else 4) * len(weight))
-    rows = max(1, min(len(x), rows // 1024 * 1024 if rows >= 2048 else rows))
+    rows = -(-len(x) // -(-len(x) // max(1, rows)))  # chunks of one size
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     vocab_real = len(weight) if vocab_real is None else vocab_real
     if not fused:
@@ -192,6 +198,7 @@ def linear_ce(
         )
     if divisor is not None and not torch.is_tensor(divisor):
         divisor = torch.full((), divisor, dtype=torch.float32, device=x.device)
+    x, weight, target = (t.contiguous() for t in (x, weight, target))
     return linear_ce_op(
-        x.contiguous(), weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad
-    )[:3]
+        x, weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad
+    )[:3]  # fmt: skip

@@ -163,5 +163,12 @@ def rope_qkv_(qkv, cos, sin, interleaved=False, pos=None):
     is paired with i + R/2 (half-split, as in Llama and StableLM) or, `interleaved`, 2i with 2i + 1 (as in GPT-J and
     the released Crystal). pos: (B, T) integer positions, or None for 0 .. T-1. Returns q, k, v: views of qkv, each
     (B, H, T, D); their gradients are rotated back while they are packed. The arithmetic is fp32.
+
+    What made qkv must not have kept it: selective recomputation that saves this product refuses, because it would
+    otherwise be rotated twice. ValueError for a qkv or tables that cannot be meant.
     """
+    if not qkv.is_contiguous():
+        raise ValueError("rope_qkv_ works in place and needs a contiguous qkv")
+    if pos is None and len(cos) < qkv.shape[1]:
+        raise ValueError(f"rope_qkv_ has tables for {len(cos)} positions and {qkv.shape[1]} to turn")
     return RopeQKV.apply(qkv, cos, sin, pos, interleaved)

@@ -30,6 +30,8 @@ from model import GPT, GPTConfig, init_weights
 GPU = torch.cuda.is_available() and not backend.INTERPRET
 if not (GPU or backend.INTERPRET):
     pytest.exit("there is no GPU and TRITON_INTERPRET=1 is not set, or triton is not installed", returncode=2)
+if not GPU and backend.triton.__version__ < "3.7" and np.__version__ >= "2.4":
+    pytest.exit("the interpreter of Triton 3.6 and earlier needs numpy below 2.4 (triton#9171)", returncode=2)
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if GPU else "cpu"
 SEED = int.from_bytes(os.urandom(4), "little") if GPU else 1
@@ -48,6 +50,7 @@ def poison():
     if not GPU:  # several turns of the loops over columns at the small sizes here
         backend.TILES.update({("linear_ce", width, size): (256, 4, 1) for width in (512, 1024) for size in (2, 4)})
     yield
+    torch.set_float32_matmul_precision("highest")  # which train.py lowers
     backend.using.update(before)
     torch.use_deterministic_algorithms(False)
 
@@ -207,6 +210,14 @@ def test_rope_forward_and_backward(with_pos, R, interleaved, dtype):
     )  # fmt: skip
 
 
+def test_rope_refuses_what_it_could_only_get_wrong():
+    cos, sin = rope_tables(8, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="contiguous"):
+        rope_qkv_(draw(2, 3, 8, 2, 8).transpose(1, 2), cos, sin)
+    with pytest.raises(ValueError, match="8 positions and 9"):
+        rope_qkv_(draw(2, 9, 3, 2, 8), cos, sin)
+
+
 def test_rope_writes_in_place_only_what_turns_and_its_backward_undoes_it():
     B, T, H, D, R = (4, 2048, 12, 64, 16) if GPU else (2, 9, 2, 16, 4)
     cos, sin = rope_tables(T, R, device=DEVICE)
@@ -244,7 +255,8 @@ CE = {  # x scale, logit_scale, z_coef, padding, divisor, ignored rows
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# no fp16 over 50,304 words: a gradient of 1e-9 is none there
+@pytest.mark.parametrize("dtype", DTYPES[::2] if GPU else DTYPES)
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("case", CE)
 def test_linear_ce_forward_and_backward(case, chunks, dtype):
@@ -260,7 +272,7 @@ def test_linear_ce_forward_and_backward(case, chunks, dtype):
         return linear_ce(x, weight, target, logit_scale, z_coef, -1, V - padding, given, budget)
 
     # logits of the size of a hundred, rounded to 8 bits, are half a nat off: the loss is exact, for those logits
-    rough = 40 if scale > 1 and dtype != torch.float32 else 1
+    rough = 10 if scale > 1 and dtype != torch.float32 else 1
     loss = max(1e-6, EPS[dtype] / 8) * rough
     grad = max(3e-6, EPS[dtype] * 2) * rough
     with torch.no_grad():
@@ -269,6 +281,29 @@ def test_linear_ce_forward_and_backward(case, chunks, dtype):
         ours, ce_oracle(target, logit_scale, z_coef, V - padding, given), [x, rounded], [draw(1)[0], None, None],
         [loss, loss * 4, loss * 4, grad, grad],
     )  # fmt: skip
+
+
+def test_linear_ce_scales_its_gradients_by_the_loss_above_it_and_takes_strided_targets():
+    """A third is no bf16 number: to multiply by its neighbour would make dx, but not dW, 0.15% too large."""
+    x, weight = draw(40, 16, dtype=torch.bfloat16), draw(64, 16)
+    targets = torch.randint(64, (40, 2), generator=torch.Generator().manual_seed(SEED)).to(DEVICE)
+    grads = []
+    for scale in (1.0, 1 / 3):
+        upstream = [torch.tensor(scale, device=DEVICE), None, None]
+        grads.append(gradients(lambda x, w: linear_ce(x, w, targets[:, 0]), [x, weight], upstream)[1])
+    for whole, third in zip(*grads, strict=True):
+        whole, third = whole.double().flatten(), third.double().flatten()
+        assert abs(3 * (third @ whole) / (whole @ whole) - 1) < 5e-4
+    with torch.no_grad():
+        assert_close(linear_ce(x, weight, targets[:, 1])[1], linear_ce(x, weight, targets[:, 1].clone())[1].double(), 0)
+
+
+def test_a_target_outside_the_vocabulary_makes_the_loss_nan_and_reads_nothing():
+    x, weight = draw(4, 16), draw(32, 16)
+    for outside in (32, 31, -7):  # beyond the rows, among the padding, negative but not the ignored one
+        target = torch.tensor([1, outside, 2, -1], device=DEVICE)
+        loss, losses, _ = linear_ce(x, weight, target, vocab_real=31)
+        assert loss.isnan() and losses.isnan().tolist() == [False, True, False, False]
 
 
 def test_linear_ce_of_ignored_rows_only_is_zero_with_zero_gradients():
@@ -374,7 +409,7 @@ def test_attention_under_every_mask(mode, dtype):
         return [(q @ k.mT / D).masked_fill(~seen, -math.inf).softmax(-1) @ v]
 
     mask = batch_mask(T, mode, prefix, doc)
-    tolerance = 5e-3 if dtype == torch.bfloat16 else 2e-3 if GPU else 2e-6  # a GPU may multiply fp32 as tf32
+    tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-4 if GPU else 2e-6  # some backends make fp32 of three tf32
     compare(
         lambda *qkv: [attention(*qkv, scale=1 / D, mode=mode, mask=mask)], oracle,
         [q, k, v], [draw(B, H, T, D, dtype=dtype, salt=9)], [tolerance, *[tolerance * 4] * 3],
