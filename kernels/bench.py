@@ -9,6 +9,7 @@ On a machine without a GPU the same code runs on toy shapes, and times mean noth
 
 import functools
 import importlib.util
+import itertools
 import math
 import time
 from statistics import median
@@ -93,7 +94,8 @@ def extra_megabytes(way):
 def in_turns(ways, clock=device_us, rounds=3):
     """{name: (make, kernels)} -> {name: median of rounds}, {name: [least, most]}, {name: error}.
 
-    make() returns the function to time; kernels is what `backend.using` says meanwhile. What fails is left out.
+    make() returns the function to time, of no arguments; kernels is what `backend.using` says meanwhile. What fails is
+    left out.
     """
     made, times, failed = {}, {}, {}
     for i in range(rounds + 1):
@@ -114,13 +116,8 @@ def in_turns(ways, clock=device_us, rounds=3):
     return {n: median(t) for n, t in times.items()}, {n: [min(t), max(t)] for n, t in times.items()}, failed
 
 
-def compiled(function, mode=None):
-    """As a rival would be: static shapes, nothing left from the shape before."""
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, backend="inductor" if GPU else "aot_eager", mode=mode)
-
-
 def forward(function, *inputs):
+    """A way to call function, for `in_turns`; so are the next two."""
     return lambda: lambda: function(*inputs)
 
 
@@ -137,17 +134,29 @@ def backward(function, *inputs):
     return make
 
 
-def row(op, what, shape, ways, work, unit, limit_us, predicted_us, bar, memory=False):
+def both(function, *inputs):
+    """Forward and backward of a function that returns one scalar."""
+
+    def make():
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        return lambda: torch.autograd.grad(function(*leaves), leaves)
+
+    return make
+
+
+def compiled(function, mode=None):
+    return torch.compile(function, dynamic=False, backend="inductor" if GPU else "aot_eager", mode=mode)
+
+
+def row(op, what, shape, ways, work, unit, limit_us, predicted_us, bar):
     """One line of the table. work: bytes or FLOP, as unit GB/s or TFLOP/s says; limit_us: what the device allows;
     bar: the share of the limit that is asked of "ours", or None."""
+    torch._dynamo.reset()  # a rival compiles for each shape anew, and does not give up after the eighth
     us, spread, failed = in_turns(ways)
+    megabytes, _, _ = in_turns(ways, extra_megabytes, 1) if op == "linear_ce" else ({}, None, None)
     rate = work / us["ours"] / {"GB/s": 1e3, "TFLOP/s": 1e6}[unit] if "ours" in us else None
     result = dict(op=op, what=what, shape=shape, limit_us=limit_us, predicted_us=predicted_us, bar=bar, us=us,
-                  rate=rate, unit=unit, spread=spread, failed=failed)  # fmt: skip
-    if memory:
-        result["extra_mb"] = {
-            name: in_turns({name: way}, extra_megabytes, 1)[0].get(name) for name, way in ways.items()
-        }
+                  rate=rate, unit=unit, spread=spread, extra_mb=megabytes, failed=failed)  # fmt: skip
     print_row(result)
     return result
 
@@ -164,185 +173,157 @@ def liger(name, module="liger_kernel.transformers.functional"):
     return getattr(importlib.import_module(module), name, None)
 
 
-def all_ways(pass_, ours, plain, rival, *inputs, largest=False):
-    """pass_ is `forward` or `backward`; plain and rival are functions of the same inputs, rival may be None.
-
-    largest: the largest shape of its operation, on which Inductor is also given time to search.
-    """
+def all_ways(pass_, ours, plain, eager, rival, *inputs, largest=False):
+    """pass_: forward, backward or both. The functions of the inputs: ours, what torch.compile gets, what runs eagerly,
+    and Liger's or None. largest: the largest shape of its operation, on which Inductor is given time to search too."""
     ways = {
-        "eager": (pass_(plain, *inputs), "torch"),
-        "compile": (lambda: pass_(compiled(plain), *inputs)(), "torch"),
+        "eager": (pass_(eager, *inputs), "torch"),
+        "compile": (pass_(compiled(plain), *inputs), "torch"),
         "ours": (pass_(ours, *inputs), "triton"),
     }
     if rival:
         ways["liger"] = pass_(rival, *inputs), "torch"
     if GPU and largest:
-        searched = functools.partial(compiled, mode="max-autotune-no-cudagraphs")
-        ways["compile, autotuned"] = (lambda: pass_(searched(plain), *inputs)(), "torch")
+        ways["compile, autotuned"] = pass_(compiled(plain, "max-autotune-no-cudagraphs"), *inputs), "torch"
     return ways
 
 
 def bench_norm():
-    for M in ROWS:
-        for d in WIDTHS:
-            x, residual, weight = randn(M, d), randn(M, d), torch.ones(d, device=DEVICE)
-            layer_norm, zeros = liger("liger_layer_norm"), torch.zeros(d, device=DEVICE)
-            rival = layer_norm and (lambda x, r, w, f=layer_norm, b=zeros: (f(s := r + x, w, b, 1e-5), s))
-            three = lambda x, r, w: add_norm(x, r, w)
-            plain = functools.partial(norm_reference, bias=None, eps=1e-5, rms=False, alpha=1.0)
-            for what, pass_ in (("forward", forward), ("backward", backward)):
-                largest = (M, d) == (ROWS[-1], max(WIDTHS))
-                ways = all_ways(pass_, three, plain, rival, x, residual, weight, largest=largest)
-                ways["eager"] = pass_(rounded_norm, x, residual, weight), "torch"
-                yield row("norm", what, f"{M} x {d}", ways, *moves(8 * d * M), bar=0.9)
+    def ours(x, residual, weight):
+        return add_norm(x, residual, weight)
 
+    def plain(x, residual, weight):
+        return norm_reference(x, residual, weight, None, 1e-5, False, 1.0)
 
-def rounded_norm(x, residual, weight):
-    """The fastest way to write it in eager PyTorch: with the weight in bf16."""
-    r = residual + x
-    return F.layer_norm(r, weight.shape, weight.to(r.dtype)), r
+    def eager(x, residual, weight):  # the fastest way to write it: the weight rounded, no cast of the stream
+        r = residual + x
+        return F.layer_norm(r, weight.shape, weight.to(r.dtype)), r
+
+    layer_norm = liger("liger_layer_norm")
+
+    def rival(x, residual, weight):
+        r = residual + x
+        return layer_norm(r, weight, torch.zeros_like(weight), 1e-5), r
+
+    for M, d in itertools.product(ROWS, WIDTHS):
+        inputs = randn(M, d), randn(M, d), torch.ones(d, device=DEVICE)
+        for what, pass_ in (("forward", forward), ("backward", backward)):
+            largest = (M, d) == (ROWS[-1], max(WIDTHS))
+            ways = all_ways(pass_, ours, plain, eager, layer_norm and rival, *inputs, largest=largest)
+            yield row("norm", what, f"{M} x {d}", ways, *moves(8 * d * M), bar=0.9)
 
 
 def bench_swiglu():
-    for M in ROWS:
-        for f in MLP:
-            gate_up, rival = randn(M, 2 * f), liger("LigerFusedGateUpSiLUMulFunction", "liger_kernel.ops.swiglu")
-            packed = rival and (lambda x, g=rival: g.apply(x, False))
-            plain = functools.partial(swiglu_reference, gate_first=True)
-            for what, pass_, n_bytes in (("forward", forward, 6), ("backward", backward, 10)):
-                ways = all_ways(pass_, swiglu, plain, packed, gate_up, largest=(M, f) == (ROWS[-1], MLP[-1]))
-                yield row("swiglu", what, f"{M} x {f}", ways, *moves(n_bytes * f * M), bar=0.9)
+    packed = liger("LigerFusedGateUpSiLUMulFunction", "liger_kernel.ops.swiglu")
+    rival = packed and (lambda gate_up: packed.apply(gate_up, False))
+    plain = functools.partial(swiglu_reference, gate_first=True)
+    for M, f in itertools.product(ROWS, MLP):
+        gate_up, largest = randn(M, 2 * f), (M, f) == (ROWS[-1], MLP[-1])
+        for what, pass_, n_bytes in (("forward", forward, 6), ("backward", backward, 10)):
+            ways = all_ways(pass_, swiglu, plain, plain, rival, gate_up, largest=largest)
+            yield row("swiglu", what, f"{M} x {f}", ways, *moves(n_bytes * f * M), bar=0.9)
 
 
 def bench_rope():
-    for M in ROWS:
-        for d, D in WIDTHS.items():
-            T, H = min(2048, M), d // D
-            qkv = randn(M // T, T, 3, H, D)
-            cos, sin = rope_tables(T, D // 4, device=DEVICE)
+    def plain(qkv):  # as one writes it without in-place operations
+        R, turned, c, s = 2 * cos.shape[1], [], cos[:, None], sin[:, None]
+        for x in qkv[:, :, :2].unbind(2):
+            a, b = x[..., : R // 2].float(), x[..., R // 2 : R].float()
+            both_halves = torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
+            turned.append(torch.cat((both_halves, x[..., R:]), -1).transpose(1, 2))
+        return *turned, qkv[:, :, 2].transpose(1, 2)
 
-            def plain(qkv, cos=cos, sin=sin):  # as one writes it without in-place operations
-                R, turned = 2 * cos.shape[1], []
-                for x in qkv[:, :, :2].unbind(2):
-                    a, b = x[..., : R // 2].float(), x[..., R // 2 : R].float()
-                    c, s = cos[:, None], sin[:, None]
-                    both = torch.cat((a * c - b * s, b * c + a * s), -1).to(x.dtype)
-                    turned.append(torch.cat((both, x[..., R:]), -1).transpose(1, 2))
-                return *turned, qkv[:, :, 2].transpose(1, 2)
+    def ours(qkv):
+        return rope_qkv_(qkv, cos, sin)
 
-            def ours(qkv, cos=cos, sin=sin):
-                return rope_qkv_(qkv, cos, sin)
-
-            # a quarter of q and k, read and written; at D = 64 that is 32 bytes a head, where DRAM gives 64
-            largest = (M, d) == (ROWS[-1], max(WIDTHS))
-            ways = all_ways(forward, ours, plain, None, qkv, largest=largest)
-            yield row("rope", "forward", f"{M} x {d}, D {D}", ways, *moves(2 * d * M * (2 if D == 64 else 1)), bar=None)
-            ways = all_ways(backward, ours, plain, None, qkv, largest=largest)
-            yield row("rope", "backward", f"{M} x {d}, D {D}", ways, *moves(12 * d * M), bar=0.9)
+    for M, (d, D) in itertools.product(ROWS, WIDTHS.items()):
+        T = min(2048, M)
+        qkv, largest = randn(M // T, T, 3, d // D, D), (M, d) == (ROWS[-1], max(WIDTHS))
+        cos, sin = rope_tables(T, D // 4, device=DEVICE)
+        # a quarter of q and k, read and written; at D = 64 that is 32 bytes a head, where DRAM gives 64
+        touched = 2 * d * M * (2 if D == 64 else 1)
+        for what, pass_, work, bar in (
+            ("forward", forward, moves(touched), None),
+            ("backward", backward, moves(12 * d * M), 0.9),
+        ):
+            ways = all_ways(pass_, ours, plain, plain, None, qkv, largest=largest)
+            yield row("rope", what, f"{M} x {d}, D {D}", ways, *work, bar=bar)
 
 
 def bench_linear_ce():
-    for N in ROWS:
-        for d, V in VOCABULARIES.items():
-            x, weight, target = randn(N, d), randn(V, d) * d**-0.5, torch.randint(V, (N,), device=DEVICE)
+    def plain(x, weight):
+        logits = (x @ weight.T).float()
+        lse = torch.logsumexp(logits, 1)
+        return (lse - logits.gather(1, target[:, None])[:, 0] + 1e-4 * lse.square()).mean()
 
-            def plain(x, weight, target=target):
-                logits = (x @ weight.T).float()
-                lse = torch.logsumexp(logits, 1)
-                return (lse - logits.gather(1, target[:, None])[:, 0] + 1e-4 * lse.square()).mean()
+    def ours(x, weight, max_logit_bytes=None):
+        return linear_ce(x, weight, target, z_coef=1e-4, max_logit_bytes=max_logit_bytes)[0]
 
-            def both(function, x=x, weight=weight):
-                def make():
-                    leaves = [t.detach().clone().requires_grad_() for t in (x, weight)]
-                    return lambda: torch.autograd.grad(function(*leaves), leaves)
+    fused = liger("liger_fused_linear_cross_entropy")
 
-                return make
+    def rival(x, weight):
+        return fused(x, weight, target, lse_square_scale=1e-4, accum_dtype=torch.float32)
 
-            def ours(x, weight, target=target):
-                return linear_ce(x, weight, target, z_coef=1e-4)[0]
+    def torchs(x, weight):
+        return F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
-            u = torch.empty(N, V, dtype=x.dtype, device=DEVICE)
+    def products(x, weight, logits):  # what cuBLAS takes for the three products alone
+        torch.mm(x, weight.T, out=logits)
+        torch.mm(logits, weight)
+        torch.mm(logits.T, x)
 
-            def products(x=x, weight=weight, u=u):  # what cuBLAS takes for the three products alone
-                torch.mm(x, weight.T, out=u)
-                torch.mm(u, weight)
-                torch.mm(u.T, x)
-
-            rival = liger("liger_fused_linear_cross_entropy")
-            limit = in_turns({"": (forward(products), "torch")})[0][""]
-            shape, ways = f"{N} x {d} x {V}", {
-                "eager": (both(plain), "torch"),
-                "compile": (lambda plain=plain, both=both: both(compiled(plain))(), "torch"),
-                "chunked torch": (both(ours), "torch"),
-                "ours": (both(ours), "triton"),
-            }  # fmt: skip
-            if rival:
-                ways["liger"] = (
-                    both(lambda x, w, t=target, f=rival: f(x, w, t, lse_square_scale=1e-4, accum_dtype=torch.float32)),
-                    "torch",
-                )
-            if GPU and hasattr(F, "linear_cross_entropy"):
-                chunked = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-                ways["torch.nn's"] = both(lambda x, w, t=target, f=chunked: f(x, w, t)), "torch"
-            predicted = {(8192, 768): 3800, (8192, 4096): 9300}.get((N, d))  # kernel bars for an H200
-            yield row(
-                "linear_ce", "both", shape, ways, 6 * N * d * V, "TFLOP/s", limit, predicted, 1 / 1.1, memory=True
-            )
-            ways = {"ours": (forward(entropy, u, target), "triton")}
-            if (N, d) == (ROWS[-1], min(WIDTHS)):  # as train.py calls it: the weight cast, its gradient in fp32
-                for chunks in (1, 4):
-
-                    def trained(x, weight, target=target, budget=-(-N // chunks) * V * x.itemsize):
-                        return linear_ce(x, weight, target, z_coef=1e-4, max_logit_bytes=budget)[0]
-
-                    ways = {"ours": (both(trained, weight=weight.float()), "triton")}
-                    what = f"fp32 weight, {chunks} chunk{'s' * (chunks > 1)}"
-                    yield row("linear_ce", what, shape, ways, 6 * N * d * V, "TFLOP/s", limit, None, None, memory=True)
-            yield row("linear_ce", "softmax part", shape, ways, *moves(4 * V * N), bar=0.85)
-            del u, products, ways
+    for N, (d, V) in itertools.product(ROWS, VOCABULARIES.items()):
+        x, weight, target = randn(N, d), randn(V, d) * d**-0.5, torch.randint(V, (N,), device=DEVICE)
+        logits = torch.empty(N, V, dtype=x.dtype, device=DEVICE)
+        limit = in_turns({"": (forward(products, x, weight, logits), "torch")})[0][""]
+        shape, work = f"{N} x {d} x {V}", (6 * N * d * V, "TFLOP/s", limit)
+        predicted = {(8192, 768): 3800, (8192, 4096): 9300}.get((N, d))  # for an H200
+        ways = all_ways(both, ours, plain, plain, fused and rival, x, weight)
+        ways["chunked torch"] = both(ours, x, weight), "torch"
+        if GPU and hasattr(F, "linear_cross_entropy"):
+            ways["torch.nn's"] = both(torchs, x, weight), "torch"
+        yield row("linear_ce", "both", shape, ways, *work, predicted, bar=1 / 1.1)
+        ways = {"ours": (forward(entropy, logits, target), "triton")}
+        yield row("linear_ce", "softmax part", shape, ways, *moves(4 * V * N), bar=0.85)
+        if (N, d) == (ROWS[-1], min(WIDTHS)):  # as train.py calls it: the weight is cast, its gradient fp32
+            for chunks in (1, 4):
+                chunked = functools.partial(ours, max_logit_bytes=-(-N // chunks) * V * x.itemsize)
+                ways = {"ours": (both(chunked, x, weight.float()), "triton")}
+                yield row("linear_ce", f"fp32, {chunks} chunks", shape, ways, *work, None, bar=None)
 
 
-def entropy(u, target):
-    """The kernel between the products: logits u (N, V) to their gradients, in place."""
-    divisor, losses = torch.ones((), device=DEVICE), torch.empty(2, len(u), device=DEVICE)
-    V = u.shape[1]
-    BLOCK, warps, stages = backend.tile("linear_ce", V, u.dtype, linear_ce_formula(V))
-    cross_entropy_kernel[(len(u),)](
-        u, target, divisor, *losses, 1.0, 1e-4, -1, V, V, BLOCK, stages, True, num_warps=warps
+def entropy(logits, target):
+    """The kernel between the products: logits (N, V) to their gradients, in place."""
+    divisor, losses = torch.ones((), device=DEVICE), torch.empty(2, len(logits), device=DEVICE)
+    V = logits.shape[1]
+    BLOCK, warps, stages = backend.tile("linear_ce", V, logits.dtype, linear_ce_formula(V))
+    cross_entropy_kernel[(len(logits),)](
+        logits, target, divisor, *losses, 1.0, 1e-4, -1, V, V, BLOCK, stages, True, num_warps=warps
     )  # fmt: skip
 
 
-def sdpa_by(kind):
-    def function(q, k, v):
+def bench_attention():
+    """Causal attention as torch chooses and by its two fast backends, and a prefix mask; 2,048 positions."""
+
+    def by(kind, q, k, v):
         with sdpa_kernel(kind):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return function
-
-
-def bench_attention():
-    """Causal attention by each backend of PyTorch, as torch chooses, and a prefix mask; 2048 positions."""
-    predicted = {("forward", 64): 380e12, ("backward", 64): 270e12, ("forward", 128): 540e12, ("backward", 128): 315e12}
-    shapes = ((16, 12, 64), (16, 16, 64), (16, 16, 128), (4, 32, 128)) if GPU else ((1, 2, 16),)
+    rates = {("forward", 64): 380e12, ("backward", 64): 270e12, ("forward", 128): 540e12, ("backward", 128): 315e12}
+    n = 8192 if GPU else 32
+    product = in_turns({"": (forward(torch.mm, randn(n, n), randn(n, n)), "torch")})[0][""]
     T = 2048 if GPU else 32
-    peak = in_turns({"": (forward(torch.mm, randn(8192, 8192), randn(8192, 8192)), "torch")})[0][""] if GPU else 1.0
-    for B, H, D in shapes:
+    for B, H, D in ((16, 12, 64), (16, 16, 64), (16, 16, 128), (4, 32, 128)) if GPU else ((1, 2, 16),):
         q, k, v = (randn(B, T, H, D).transpose(1, 2) for _ in range(3))
-        prefix = torch.full((B,), T // 4, device=DEVICE)
-        mask = batch_mask(T, "prefix", prefix)
-
+        masked = functools.partial(attention, mask=batch_mask(T, "prefix", torch.full((B,), T // 4, device=DEVICE)))
         for what, pass_, products in (("forward", forward, 2), ("backward", backward, 5)):
             flops = products * B * H * T * T * D  # half of the square, 2 FLOP a multiply-add
-            ways = {"ours": (pass_(attention, q, k, v), "triton")}
-            if GPU:
-                for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
-                    ways[name.split("_")[0].lower()] = (pass_(sdpa_by(getattr(SDPBackend, name)), q, k, v), "torch")
-            masked = functools.partial(attention, mode="prefix", mask=mask)
-            ways["prefix mask"] = (pass_(masked, q, k, v), "torch")
-            limit = flops / (2 * 8192**3 / peak) if GPU else None
-            shape = f"{B} x {H} heads x {T}, D {D}"
-            time = flops / predicted.get((what, D), 1e12) * 1e6
-            yield row("attention", what, shape, ways, flops, "TFLOP/s", limit, time, bar=None)
+            ways = {"ours": (pass_(attention, q, k, v), "torch"), "prefix mask": (pass_(masked, q, k, v), "torch")}
+            for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION") if GPU else ():
+                one = functools.partial(by, getattr(SDPBackend, name))
+                ways[name.split("_")[0].lower()] = pass_(one, q, k, v), "torch"
+            limit, predicted = flops / (2 * n**3) * product, flops / rates.get((what, D), 1e12) * 1e6
+            yield row("attention", what, f"{B}x{H} heads x {T}, D {D}", ways, flops, "TFLOP/s", limit, predicted, None)
 
 
 def bench_host():
@@ -351,24 +332,16 @@ def bench_host():
     x, gate_up, target = randn(64, d), randn(64, 2 * d), torch.zeros(64, dtype=torch.long, device=DEVICE)
     weight, head = torch.ones(d, device=DEVICE), randn(V, d)
     cos, sin = rope_tables(64, 4, device=DEVICE)
-
-    def both(function, *inputs):
-        def make():
-            leaves = [t.detach().clone().requires_grad_() for t in inputs]
-            return lambda: torch.autograd.grad(function(*leaves).sum(), leaves)
-
-        return make
-
-    functions = {
-        "norm": both(lambda x, w: add_norm(x, x, w)[0], x, weight),
-        "swiglu": both(swiglu, gate_up),
-        "rope": both(lambda x: rope_qkv_(x.view(1, 64, 3, -1, 16) * 1, cos, sin)[0], randn(64, 3 * d)),
+    ways = {
+        "norm": both(lambda x, w: add_norm(x, x, w)[0].sum(), x, weight),
+        "swiglu": both(lambda x: swiglu(x).sum(), gate_up),
+        "rope": both(lambda x: rope_qkv_(x.view(1, 64, 3, -1, 16) * 1, cos, sin)[0].sum(), randn(64, 3 * d)),
         "linear_ce": both(lambda x, w: linear_ce(x, w, target)[0], x, head),
     }
-    for op, make in functions.items():
-        us, _, failed = in_turns({"eager": (make, "torch"), "ours": (make, "triton")}, host_us)
+    for op, make in ways.items():
+        us, spread, failed = in_turns({"eager": (make, "torch"), "ours": (make, "triton")}, host_us)
         result = dict(op=op, what="host time", shape="64 rows", limit_us=None, predicted_us=None, bar=None, us=us,
-                      rate=None, unit="", spread={}, failed=failed)  # fmt: skip
+                      rate=None, unit="", spread=spread, extra_mb={}, failed=failed)  # fmt: skip
         print_row(result)
         yield result
 
@@ -391,7 +364,7 @@ def print_row(r):
     known = ("eager", "compile", "liger", "ours")
     cells = " | ".join([number(limit), number(r["predicted_us"]), *(number(r["us"].get(way)) for way in known)])
     notes = [f"{name} {us:,.0f}" for name, us in r["us"].items() if name not in known]
-    notes += [f"{name} +{mb:,.0f} MB" for name, mb in r.get("extra_mb", {}).items() if mb is not None]
+    notes += [f"{name} +{mb:,.0f} MB" for name, mb in r["extra_mb"].items()]
     comment = f"  <!-- {'; '.join(notes)} -->" if notes else ""
     print(
         f"| {r['op'] + ', ' + r['what']:<24} | {r['shape']:<22} | {cells} | {rate} | {share} | {met} |{comment}",
@@ -415,7 +388,7 @@ def bench_kernels():
         for result in section():
             rows.append(result)
             yield result
-    print(f"\nThe faster by these times (norm, rope and SwiGLU: forward + backward):\nAUTO = {choices(rows)}")
+    print(f"\nThe faster by these times, for backend.py:\nAUTO = {choices(rows)}")
 
 
 def choices(rows):
