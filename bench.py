@@ -434,6 +434,7 @@ def measure_steps(size, compiled, micro, steps, shape):
             model.compile(dynamic=False, backend="inductor" if cuda else "aot_eager")
         optimizer = train.make_optimizer(model, cfg, device, None)
         feeder, sums = train.Feeder(phase, 0, device), torch.zeros(2, 1, dtype=torch.float64, device=device)
+        skips = torch.zeros(2, dtype=torch.long, device=device)
         _, peak = train.describe(device, dtype, compiled)
         number = itertools.count(1)
 
@@ -441,7 +442,7 @@ def measure_steps(size, compiled, micro, steps, shape):
             """Seconds of each step, on the device's clock."""
             marks = [now(cuda)]
             for _ in range(steps):
-                train.train_step(model, optimizer, feeder, phase, next(number), sums)
+                train.train_step(model, optimizer, feeder, phase, next(number), sums, skips)
                 marks.append(now(cuda))
             return seconds_between(marks, cuda)
 

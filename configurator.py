@@ -24,7 +24,7 @@ def coerce(name, value, kind):
         if isinstance(value, str) and kind in (int, float):
             scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(value[-1:].upper())
             value = float(value[:-1]) * scale if scale else float(value)
-        elif isinstance(value, str) and kind in (bool, dict):
+        elif isinstance(value, str) and kind in (bool, dict, list):
             value = ast.literal_eval(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)

@@ -682,7 +682,7 @@ def test_a_step_is_adamw_with_clipping_and_crystals_groups_written_out_in_float6
     feed = iter([(r[:, :-1], r[:, 1:], torch.zeros(2, dtype=torch.long)) for step in rows for r in step.split(2)])
     m, v = ({n: torch.zeros_like(p) for n, p in twin.named_parameters()} for _ in range(2))
     for step in (1, 2):
-        train.train_step(model, optimizer, lambda: next(feed), phase, step, torch.zeros(2, 1))
+        train.train_step(model, optimizer, lambda: next(feed), phase, step, *(torch.zeros(2, 1), torch.zeros(2).long()))
         logits = twin.logits(twin.hidden(rows[step - 1][:, :-1])).double()
         loss = F.cross_entropy(logits.flatten(0, 1), rows[step - 1][:, 1:].flatten())
         loss = loss + 1e-2 * logits.logsumexp(-1).square().mean()
@@ -702,6 +702,63 @@ def test_a_step_is_adamw_with_clipping_and_crystals_groups_written_out_in_float6
                 p -= lr * (m[name] / (1 - 0.8**step)) / ((v[name] / (1 - 0.95**step)).sqrt() + 1e-9)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert (p - q).norm() < 2e-3 * (p - q.mean()).norm(), name
+
+
+def poisoned(monkeypatch, steps, value):
+    """Multiply the loss of these training steps by `value`; the first two calls with gradients are the rehearsal."""
+    real, calls = GPT.forward, [-2]
+
+    def forward(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        calls[0] += torch.is_grad_enabled()
+        return (out[0] * value, *out[1:]) if torch.is_grad_enabled() and calls[0] in steps else out
+
+    monkeypatch.setattr(GPT, "forward", forward)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_leaves_weights_moments_and_sums_as_if_it_had_not_been(
+    value, phases, tmp_path, monkeypatch
+):
+    real, calls = torch.optim.AdamW.step, [0]
+
+    def left_out(self, *args):
+        calls[0] += 1
+        return None if calls[0] == 5 else real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", left_out)
+        assert train.main(phases("a", out="left_out")) == 0
+    poisoned(monkeypatch, {5}, value)
+    assert train.main(phases("a")) == 0
+    plain, got = losses(tmp_path / "left_out", "a"), losses(tmp_path / "out", "a")
+    at = next(i for i, record in enumerate(got) if record["step"] == 5)
+    assert got[at]["loss"] is None and got[at]["loss_by_source"] == {} and got[at]["grad_norm"] is None
+    assert got[:at] + got[at + 1 :] == plain[:at] + plain[at + 1 :]
+    tensors = [checkpoint.load_tensors(checkpoint.find(tmp_path / o / "a"), "optimizer") for o in ("out", "left_out")]
+    assert int(tensors[0]["state"][0]["step"]) == 17
+    for a, b in zip(*(t["state"].values() for t in tensors), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in ("exp_avg", "exp_avg_sq"))
+    events = [json.loads(line) for line in (tmp_path / "out/a/log.jsonl").read_text().splitlines() if "event" in line]
+    assert [(e["event"], e["step"], e["steps"], e["in_a_row"]) for e in events] == [("skipped_step", 5, 1, 1)]
+
+
+def test_too_many_bad_steps_in_a_row_stop_with_their_samples_and_skip_goes_on_without_them(
+    phases, tmp_path, capsys, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        poisoned(patch, {3, *range(8, 99)}, math.nan)
+        assert train.main(phases("a", max_skips=3)) == 1  # 8, 9, 10, 11; in 10 a checkpoint
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "samples 112 to 175" in err and "step-00000010" in err and "(160, 176)" in err
+    read, real = set(), train.Feeder.read
+    monkeypatch.setattr(
+        train.Feeder, "read",
+        lambda self, lo, hi: (read.update(self.phase.mix.position(n) for n in range(lo, hi)), real(self, lo, hi))[1],
+    )  # fmt: skip
+    assert train.main(phases("a", max_skips=3, skip="[(160, 176)]")) == 0
+    assert read == set(range(176, 18 * 16 + 16))
+    assert [record["step"] for record in losses(tmp_path / "out", "a") if "lr" in record] == list(range(1, 19))
 
 
 def test_a_second_process_on_the_same_folder_is_refused(phases, tmp_path, capsys):
@@ -893,6 +950,7 @@ MISTAKES = {
     "several processes": (["--seed=1"], "several processes"),
     "a phase twice": (["a.py"], "two phases of one name"),
     "zero steps between checkpoints": (["--save_every=0"], "save_every = 0 is not above 0"),
+    "a skip that is no range": (["--skip=[(5, 5)]"], "skip = [(5, 5)] is not a list of"),
     "a beta of one": (["--beta1=1"], "beta1 = 1.0 is not below 1"),
     "no source": (["--mix={}"], "names no sources"),
     "fresh with another mistake": (["--fresh", "--init_from=nowhere"], "no checkpoint under nowhere"),

@@ -71,6 +71,9 @@ class Config:
     mix: dict = field(default_factory=lambda: {"text": 0.5, "code": 0.5})  # source -> weight
     epochs_max: float = 0.0  # refuse a plan that repeats a source more often, over all phases; 0: no limit
     source_tokens: dict = field(default_factory=dict)  # source -> tokens: lets --plan count epochs without the data
+    skip: list = field(
+        default_factory=list
+    )  # [(a, b), ...]: jump over samples a to b - 1 of the phase, append later ones
     # length
     budget: int = 10_000_000  # tokens of the whole run
     share: float = 1.0  # this phase's part of it
@@ -88,6 +91,7 @@ class Config:
     weight_decay: float = 0.1  # not on norms and biases
     clip: float = 1.0  # of the global gradient norm; 0: none
     z_loss: float = 0.0
+    max_skips: int = 10  # updates in a row left out because of a NaN or infinity, before training gives up
     carry_optimizer: bool = False  # keep Adam's moments from the phase before
     # watching
     eval_every: int = 0  # steps; 0: before and after the phase
@@ -124,6 +128,10 @@ class Config:
                 raise ConfigError(f"{name} = {value} is not below 1")
         if not self.mix or not all(isinstance(source, str) for source in self.mix):
             raise ConfigError(f"mix = {self.mix!r} names no sources; for example {{'text': 0.5, 'code': 0.5}}")
+        for pair in self.skip:
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)
+                    and 0 <= pair[0] < pair[1]):  # fmt: skip
+                raise ConfigError(f"skip = {self.skip!r} is not a list of (first sample, sample after the last)")
 
 
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
@@ -205,7 +213,7 @@ def build_phases(named, windows, start, tokens):
     for name, cfg in named:
         steps, rows, micro = phase_steps(name, cfg)
         try:
-            mix = Mix(windows, cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max)
+            mix = Mix(windows, cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max, cfg.skip)
         except MixError as error:
             raise MixError(f"{name}: {error}") from None
         phases.append(Phase(name, cfg, steps, rows, micro, mix, tokens))
@@ -527,7 +535,7 @@ def check_checkpoint(folder, state, model, meta, sources, phase, inside):
         if name in sources and sources[name].sha256 != was["sha256"]:
             raise MixError(f"{sources[name].name} is not the {name} that {folder} was trained on; give it another name")
     if inside:
-        check_identity(state["mix"], phase.mix.identity())
+        check_identity(state["mix"], phase.mix.identity(), state["sample"])
         if state["sample"] != state["step"] * phase.rows:
             batch = state["config"]["batch"]
             raise CheckpointError(f"{folder} was made with batch = {batch:,}, which stays the same inside a phase")
@@ -556,22 +564,68 @@ def make_optimizer(model, cfg, device, saved):
     return optimizer
 
 
-def train_step(model, optimizer, feeder, phase, step, sums):
-    """One update from phase.rows samples; returns its learning rate and gradient norm (a tensor, not waited for)."""
-    cfg = phase.cfg
+def train_step(model, optimizer, feeder, phase, step, sums, skips):
+    """One update from phase.rows samples; returns its learning rate and gradient norm (a tensor, not waited for).
+
+    If a loss or the norm is not finite, weights, moments and sums stay as they are; skips, int64 (2,) on the device,
+    counts such steps since the last log line and in a row. Nothing here waits for the device.
+    """
+    cfg, step_sums = phase.cfg, torch.zeros_like(sums)
     for _ in range(phase.rows // phase.micro):
         tokens, targets, source = feeder()
         # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over the batch
         loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch)
         loss.backward()
-        add_losses(sums, token_loss, source)
+        add_losses(step_sums, token_loss, source)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
     lr = lr_at(step, phase.steps, cfg)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    optimizer.step()
+    bad = ~(norm.isfinite() & step_sums.isfinite().all())
+    sums += torch.where(bad, 0.0, step_sums)
+    skips.copy_(torch.stack((skips[0] + bad, (skips[1] + 1) * bad)))
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = bad.float()  # the fused kernel then leaves everything as it is
+        optimizer.step()
+    elif not bad:  # other optimizers have no such switch
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return lr, norm
+
+
+def log_line(phase, step, loss, tokens, lr, norm, speed, peak, flops_per_token):
+    """(record for the log, line for the terminal). loss, tokens: sums by source since the last one; speed: tokens/s."""
+    names, mfu, n = phase.mix.names, speed * flops_per_token / peak, sum(tokens)
+    by_source = {name: x / n for name, x, n in zip(names, loss, tokens, strict=True) if n}
+    mean = sum(loss) / n if n else None  # of updates that were made
+    values = {
+        "loss": mean, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tok_per_s": round(speed),
+        "mfu": round(mfu, 4), "loss_by_source": by_source, "epochs": phase.mix.epochs(step * phase.rows),
+    }  # fmt: skip
+    each = "  ".join(f"{name} {f'{by_source[name]:.3f}' if name in by_source else '-':>6}" for name in names)
+    left = clock((phase.steps - step) * phase.cfg.batch / speed)
+    return values, (
+        f"{phase.name} {step:>7,}/{phase.steps:,}  loss {f'{mean:6.3f}' if n else '     -'}  {each}  lr {lr:.2e}"
+        f"  norm {norm:6.2f}  {round(speed):>9,} tok/s  MFU {mfu:5.1%}  {left} left"
+    )
+
+
+class LossError(Exception):
+    """Training cannot go on; the message says from where it can."""
+
+
+def check_skips(phase, step, in_a_row):
+    """LossError if the last updates were left out too often in a row; it names their samples and the way on."""
+    if in_a_row <= phase.cfg.max_skips:
+        return
+    newest = checkpoint.latest(phase.folder / "checkpoints")
+    saved = checkpoint.load_state(newest)["sample"] if newest else 0
+    first, end = (step - in_a_row) * phase.rows, step * phase.rows
+    raise LossError(
+        f"{phase.name}: loss or gradient was not finite in {in_a_row} steps in a row, samples {first:,} to {end - 1:,}"
+        f" (max_skips = {phase.cfg.max_skips}); weights are as before them. To go on from {newest or 'the start'}"
+        f" without these samples, append ({max(first, saved)}, {end}) to skip in the phase's file; or lower lr"
+    )
 
 
 def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
@@ -582,6 +636,7 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
     # loss and tokens by source since the last log line, on the device; fp64, which MPS has not
     saved_sums = state["sums"] if state else [[0.0] * len(mix.names)] * 2
     sums = torch.tensor(saved_sums, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
+    skips = torch.tensor(state.get("skips", [0, 0]) if state else [0, 0], device=device)
     log = Log(phase.folder / "log.jsonl", state["log_bytes"] if state else 0)
     checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
     if state:
@@ -601,9 +656,9 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state = where() | {
             "sample": step * phase.rows, "start": mix.start, "first_token": phase.first_token, "evaluated": evaluated,
-            "sums": sums.tolist(), "log_bytes": log.size(), "drawn": mix.drawn(step * phase.rows),
-            "mix": mix.identity(), "model": dataclasses.asdict(model.config), "tokenizer": meta,
-            "config": dataclasses.asdict(cfg), "torch": torch.__version__,
+            "sums": sums.tolist(), "skips": skips.tolist(), "log_bytes": log.size(),
+            "drawn": mix.drawn(step * phase.rows), "mix": mix.identity(), "model": dataclasses.asdict(model.config),
+            "tokenizer": meta, "config": dataclasses.asdict(cfg), "torch": torch.__version__,
         }  # fmt: skip
         checkpoint.save(phase.folder / "checkpoints", step, tensors, state, cfg.keep)
 
@@ -624,26 +679,21 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
         if step == phase.steps:
             break
         step += 1
-        lr, norm = train_step(model, optimizer, feeder, phase, step, sums)
+        lr, norm = train_step(model, optimizer, feeder, phase, step, sums, skips)
         timed += 1
         bar.update()
         if step % cfg.log_every == 0 or step in (1, phase.steps):
-            loss, tokens = sums.tolist()  # waits for the device
-            sums.zero_()
-            by_source = {name: x / n for name, x, n in zip(mix.names, loss, tokens, strict=True) if n}
-            loss = sum(loss) / sum(tokens)
+            (skipped, in_a_row), (loss, tokens) = skips.tolist(), sums.tolist()  # waits for the device
             speed = timed * cfg.batch / (time.perf_counter() - since)
-            mfu = speed * model.flops_per_token() / peak
-            record({"loss": loss, "lr": lr, "grad_norm": norm.item(), "tok_per_s": round(speed), "mfu": round(mfu, 4),
-                    "loss_by_source": by_source, "epochs": mix.epochs(step * phase.rows)})  # fmt: skip
-            each = "  ".join(
-                f"{name} {f'{by_source[name]:.3f}' if name in by_source else '-':>6}" for name in mix.names
-            )
-            left = clock((phase.steps - step) * cfg.batch / speed)
-            tqdm.write(
-                f"{phase.name} {step:>7,}/{phase.steps:,}  loss {loss:6.3f}  {each}  lr {lr:.2e}"
-                f"  norm {norm.item():6.2f}  {round(speed):>9,} tok/s  MFU {mfu:5.1%}  {left} left"
-            )
+            values, line = log_line(phase, step, loss, tokens, lr, norm.item(), speed, peak, model.flops_per_token())
+            record(values)
+            tqdm.write(line)
+            if skipped:
+                record({"event": "skipped_step", "steps": skipped, "in_a_row": in_a_row})
+                tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  updates left out, not finite: {skipped}")
+            check_skips(phase, step, in_a_row)
+            sums.zero_()
+            skips[0] = 0
             since, timed = time.perf_counter(), 0
     bar.close()
     feeder.thread.shutdown()
@@ -806,6 +856,9 @@ def main(argv):
     except (ConfigError, MixError, CheckpointError, TokenizerError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except LossError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
