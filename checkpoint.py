@@ -128,6 +128,11 @@ def find(path):
     return folder
 
 
+def weights_sha256(folder):
+    """What tells the weights of a complete checkpoint from any others."""
+    return json.loads((Path(folder) / MARKER).read_text())["model.pt"]
+
+
 def load_state(folder):
     return json.loads((Path(folder) / "state.json").read_text())
 

@@ -794,6 +794,19 @@ def test_a_finished_run_says_so_and_fresh_moves_it_aside(phases, tmp_path, capsy
     assert [r["step"] for r in losses(tmp_path / "out", ["a"]) if "loss" in r] == list(range(1, 10))
 
 
+def test_a_phase_trained_anew_alone_is_not_followed_by_the_old_ones(phases, tmp_path, capsys):
+    assert train.main(phases()) == 0
+    assert train.main(phases("a")) == 0 and train.main(phases()) == 0  # nothing is left to do, in either
+    assert train.main([*phases("a"), "--fresh"]) == 0  # the same weights again, bit for bit
+    assert train.main(phases()) == 0
+    assert train.main([*phases("a"), "--fresh", "--seed=2"]) == 0
+    capsys.readouterr()
+    assert train.main([*phases(), "--seed=2"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "b did not begin with the weights that" in err and "a has now" in err
+    assert train.main([*phases(), "--seed=2", "--fresh"]) == 0
+
+
 def test_micro_batches_are_slices_of_the_same_samples_in_the_same_steps(phases, data):
     named = read_phases(phases("a"))
     sources = train.open_sources(named[0][1], ["text", "code"])

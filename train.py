@@ -509,11 +509,26 @@ def set_aside(folder):
 
 def find_progress(named):
     """The phase to go on with and its newest checkpoint: (index, folder), or (0, None) when nothing was trained yet."""
+    roots = [Path(cfg.out) / name / "checkpoints" for name, cfg in named]
     for index in reversed(range(len(named))):
-        name, cfg = named[index]
-        if folder := checkpoint.latest(Path(cfg.out) / name / "checkpoints"):
+        if folder := checkpoint.latest(roots[index]):
+            check_line(roots[: index + 1], folder)
             return index, folder
     return 0, None
+
+
+def check_line(roots, folder):
+    """Refuse to go on from a phase whose predecessor has been trained anew since, and has other weights now."""
+    for before, after in zip(reversed(roots[:-1]), reversed(roots[1:]), strict=True):
+        parent = checkpoint.load_state(folder).get("parent")
+        if not parent or not (complete := checkpoint.complete(before)):
+            return
+        folder = complete[-1]
+        if checkpoint.weights_sha256(folder) != parent:
+            raise ConfigError(
+                f"{after.parent} did not begin with the weights that {before.parent} has now; --fresh trains all of"
+                f" these phases anew, and without {before.parent.name} on the command line the old run goes on"
+            )
 
 
 def check_checkpoint(folder, state, model, meta, sources, phase, inside):
@@ -628,8 +643,11 @@ def check_skips(phase, step, in_a_row):
     )
 
 
-def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
-    """The loop of one phase, from `state` (a checkpoint's of this phase, or None). False if it was told to stop."""
+def train_phase(phase, model, optimizer, state, parent, sets, meta, device, peak, stop):
+    """The loop of one phase, from `state` (a checkpoint's of this phase, or None). False if it was told to stop.
+
+    parent: checkpoint.weights_sha256 of what the phase began with, None if it began with an initialisation.
+    """
     cfg, mix = phase.cfg, phase.mix
     step = state["step"] if state else 0
     evaluated, saved = (state["evaluated"], step) if state else (-1, -1)
@@ -656,7 +674,7 @@ def train_phase(phase, model, optimizer, state, sets, meta, device, peak, stop):
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state = where() | {
             "sample": step * phase.rows, "start": mix.start, "first_token": phase.first_token, "evaluated": evaluated,
-            "sums": sums.tolist(), "skips": skips.tolist(), "log_bytes": log.size(),
+            "parent": parent, "sums": sums.tolist(), "skips": skips.tolist(), "log_bytes": log.size(),
             "drawn": mix.drawn(step * phase.rows), "mix": mix.identity(), "model": dataclasses.asdict(model.config),
             "tokenizer": meta, "config": dataclasses.asdict(cfg), "torch": torch.__version__,
         }  # fmt: skip
@@ -781,11 +799,12 @@ def train(named, fresh, stop):
     if before:
         print(f"from     {before}, step {state['step']:,} of {state['phase']}")
         model.load_state_dict(checkpoint.load_tensors(before, "model", device))
+    parent = state.get("parent") if folder else before and checkpoint.weights_sha256(before)
     if folder:
         show_changes(state["config"], phases[0].cfg)
         if state["step"] == phases[0].steps == state["evaluated"]:
             print(f"{phases[0].name:<8} done")
-            phases, folder = phases[1:], None
+            phases, folder, parent = phases[1:], None, checkpoint.weights_sha256(before)
     if not phases:
         print(f"finished: nothing is left to do in {cfg.out}/; a larger --budget trains on, --fresh starts over")
         return True
@@ -806,10 +825,10 @@ def train(named, fresh, stop):
         elif phase.cfg.carry_optimizer and (optimizer or before):
             moments = optimizer.state_dict() if optimizer else checkpoint.load_tensors(before, "optimizer", device)
         optimizer = make_optimizer(model, phase.cfg, device, moments)
-        if not train_phase(phase, model, optimizer, state if folder else None, sets, meta, device, peak, stop):
+        if not train_phase(phase, model, optimizer, state if folder else None, parent, sets, meta, device, peak, stop):
             return False
         report(phase)
-        folder = None
+        folder, parent = None, checkpoint.weights_sha256(checkpoint.complete(phase.folder / "checkpoints")[-1])
     last = phases[-1].folder
     print(f"\nnext     python sample.py {last} --prompt 'def '     python plot.py {cfg.out}")
     print(f"         python train.py <another phase>.py --init_from={last}")
