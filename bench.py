@@ -1,14 +1,14 @@
 """What the parts of nanoCrystal reach on this machine, beside what the machine allows and what was aimed at.
 
-    python bench.py                         # every section
-    python bench.py --only mix model        # some of them: mix, tokenizer, model, kernels, train, tune
+    python bench.py                         # every section that this machine can
+    python bench.py --only mix model        # some of them: mix, tokenizer, model; on an NVIDIA GPU tune, kernels, train
     python bench.py --only model --nanogpt=../nanoGPT     # beside a clone of github.com/karpathy/nanoGPT, same shape
-    python bench.py --only kernels train    # on an NVIDIA GPU; --size=124M for one size of model
-    python bench.py --json bench.json       # the same numbers for a program; on a GPU always in results/<device>.json
+    python bench.py --only train --size 124M    # one size of model
+    python bench.py --json bench.json       # the numbers for a program; without it, on a GPU, in results/<device>.json
 
 Rates are medians over rounds in which all ways take turns, so that what else runs on the machine falls on all alike;
 "of limit" is the median of the ratios within a round. A rate per CPU-second leaves out time the process had to wait.
-A section is a function that returns rows (see row); add it to SECTIONS.
+A section is a function that returns rows (see row, or kernels/bench.py); add it to SECTIONS or GPU_SECTIONS.
 """
 
 import argparse
@@ -86,7 +86,7 @@ BLOCK, BATCH, CALLS = 1024, 32, 150
 WEIGHTS = {"text": 0.5, "code": 0.3, "math": 0.2}
 
 
-def bench_mix():
+def bench_mix(args):
     with tempfile.TemporaryDirectory() as folder:
         folders = {name: Path(folder) / name for name in WEIGHTS}
         rng = np.random.default_rng(0)
@@ -232,7 +232,7 @@ def mix_order():
 # --------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def bench_tokenizer():
+def bench_tokenizer(args):
     """Megabytes of UTF-8 a second: a worker of prepare.py, from documents to a run on disk, beside plain tiktoken."""
     with multiprocessing.get_context("spawn").Pool(1, prepare.start_worker, (tokenizer.load(), "text", 0)) as pool:
         return pool.apply(tokenizer_rates)
@@ -262,11 +262,12 @@ def tokenizer_rates(megabytes=prepare.PIECE >> 20):
 ROWS, SHAPE = 12, {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
 
 
-def bench_model(nanogpt=None, rounds=7, vocab_size=8192):
+def bench_model(args, vocab_size=8192):
     """Training steps on the CPU at 6 layers x 384, 12 rows of 256, each way in a process of its own, in turn.
 
-    nanogpt: folder of a clone, whose model and optimizer then take the same steps on the same tokens.
+    args.nanogpt: folder of a clone, whose model and optimizer then take the same steps on the same tokens.
     """
+    nanogpt, rounds = args.nanogpt, args.rounds
     rng = np.random.default_rng(0)
     found = sorted(Path("data/text").glob("train-*.bin"))
     tokens = np.fromfile(found[0], "<u2") if found else rng.integers(0, vocab_size, 10**6, dtype=np.uint16)
@@ -377,35 +378,38 @@ def matmul_step(dtype):
 
 # ------------------------------------------------------------------------------------------------------------- train
 
-# tokens/s on an H200, planned from its rates of copying, multiplying and attention before anything ran, and asked for;
-# rows of 2,048 tokens a micro-step, 65,536 tokens a step
+# Tokens/s on an H200, planned before anything ran and asked for, and rows of 2,048 tokens a micro-step. Planned: the
+# time of all products at 790 TFLOP/s, derated to 72, 78 and 88% for their sizes, of attention at 380 forward and 270
+# backward (540 and 315 with heads of 128), and of the bytes that fused operations move at 90% of 4.3 TB/s.
 GPU_SIZES = {"124M": (496e3, 460e3, 16), "350M": (188e3, 172e3, 8), "1.3B": (68.5e3, 60e3, 8)}
 
 
-def bench_train(sizes, steps=50, **shape):
+def bench_train(args, steps=50, **shape):
     """Steps of train.py on random tokens, of every size compiled and eager, and with each kernel switched off in turn.
 
     "of limit" is MFU, by train.py's formula and peak. shape: knobs instead of the GPU's, for a rehearsal.
     """
     shape = shape or {"block_size": 2048, "batch": 65_536, "vocab_size": 50_304}
-    ops = list(backend.using)
+    ops, measured = list(backend.using), set()
     ways = {f"all {way}": dict.fromkeys(ops, way) for way in ("triton", "torch")}
     ways |= {f"without {op}": dict.fromkeys(ops, "triton") | {op: "torch"} for op in ops}
     for name in ("auto", *ways):  # what matters most of every size first
-        for size, mode in itertools.product(sizes, ("compiled", "eager")):
-            auto = {op: choices[mode == "compiled"] for op, choices in backend.AUTO.items()}
-            backend.using.update(ways.get(name, auto))
-            yield train_row(size, mode, name, steps, shape)
+        for size, mode in itertools.product(args.size or GPU_SIZES, ("compiled", "eager")):
+            using = ways.get(name, {op: choice[mode == "compiled"] for op, choice in backend.AUTO.items()})
+            if (key := (size, mode, *using.values())) not in measured:  # auto is one of the others
+                measured.add(key)
+                backend.use(using)
+                yield train_row(size, mode, name, steps, shape)
 
 
 def train_row(size, mode, name, steps, shape):
-    planned, asked, micro = GPU_SIZES.get(size, (None, None, 0))
-    what = f"{size}, {mode}, {name}"
+    planned, asked, micro = GPU_SIZES[size]
+    what, target = f"{size}, {mode}, {name}", (asked, None) if mode == "compiled" and name == "auto" else None
     try:
         rate, mfu, gigabytes = measure_steps(size, mode == "compiled", micro, steps, shape)
-    except torch.OutOfMemoryError:
-        return row(f"{what}: out of memory", 0, "tokens/s") | {"planned": planned}
-    target = (asked, None) if asked and mode == "compiled" and name == "auto" else None
+    except Exception as error:  # also a compiler's; the other rows must not be lost
+        why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
+        return row(f"{what}: {why}", 0.0, "tokens/s", target=target) | {"planned": planned}
     return row(f"{what}, {gigabytes:.1f} GB", rate, "tokens/s", None, mfu, target) | {"planned": planned}
 
 
@@ -475,23 +479,22 @@ def seconds_between(marks, cuda):
 
 # ------------------------------------------------------------------------------------------------------------- table
 
-GPU_SECTIONS = ("kernels", "train", "tune")
-SECTIONS = ("mix", "tokenizer", "model", *GPU_SECTIONS)
 
-
-def bench(section, args):
-    """The rows of a section, one by one as they are measured."""
-    if section == "mix":
-        return bench_mix()
-    if section == "tokenizer":
-        return bench_tokenizer()
-    if section == "model":
-        return bench_model(args.nanogpt, args.rounds)
-    if section == "train":
-        return bench_train(args.size or GPU_SIZES)
+def bench_kernels(args):
     import kernels.bench
 
-    return kernels.bench.bench_kernels() if section == "kernels" else kernels.bench.tune()
+    return kernels.bench.bench_kernels()
+
+
+def bench_tune(args):
+    import kernels.bench
+
+    return kernels.bench.tune()
+
+
+# functions of the command line that return rows, or yield them as they are measured
+SECTIONS = {"mix": bench_mix, "tokenizer": bench_tokenizer, "model": bench_model}
+GPU_SECTIONS = {"tune": bench_tune, "kernels": bench_kernels, "train": bench_train}
 
 
 def machine():
@@ -525,38 +528,55 @@ def print_row(r):
     print(f"{r['what']:<58}{numbers[0]:>12} {r['unit']:<11}{numbers[1]:>10}{share:>10}  {verdict(r)}", flush=True)
 
 
-def main():
+def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SECTIONS, nargs="+", help="some sections; all but tune if left out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    known = [*SECTIONS, *GPU_SECTIONS]
+    parser.add_argument("--only", choices=known, nargs="+", help="some sections; all that this machine can if left out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="model: a clone of nanoGPT to compare with")
     parser.add_argument("--rounds", type=int, default=7, help="model: steps to time")
     parser.add_argument("--size", choices=GPU_SIZES, nargs="+", help="train: sizes of model")
     args = parser.parse_args()
-    about, gpu = machine(), torch.cuda.is_available()
-    if args.only and not gpu and set(args.only) & set(GPU_SECTIONS):
-        parser.error(f"{', '.join(GPU_SECTIONS)} need an NVIDIA GPU, and torch sees none")
-    sections = args.only or [s for s in SECTIONS if s != "tune" and (gpu or s not in GPU_SECTIONS)]
-    path = args.json or (
-        Path("results") / f"{re.sub(r'[^a-z0-9]+', '-', about['device'].lower())}.json" if gpu else None
-    )
-    tables = {}
-    if path and path.exists() and not args.json:  # other sections of the same device were measured before
-        tables = json.loads(path.read_text())
+    lack = backend.lack() or ("the interpreter is for tests" if backend.INTERPRET else "")
+    wanted = [name for name in args.only or () if name in GPU_SECTIONS]
+    args.only = args.only or [*SECTIONS, *([] if lack else GPU_SECTIONS)]
+    if wanted and lack:
+        parser.exit(2, f"bench.py: {', '.join(wanted)} cannot run here: {lack}\n")
+    if args.size and "train" not in args.only:
+        parser.exit(2, "bench.py: --size is for the section train, which needs an NVIDIA GPU\n")
+    return args
+
+
+def main():
+    args, about, tables = read_arguments(), machine(), {}
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower())
+    path = args.json or (None if backend.lack() else Path("results") / f"{device}.json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not args.json:  # other sections of this device were measured before
+            tables = json.loads(path.read_text())
     print("\n".join(f"{name:<9} {text}" for name, text in about.items()))
-    for section in sections:
+    for section in args.only:
+        shows_itself = section in ("kernels", "tune")
         columns = f"{'measured':>12} {'':<11}{'per CPU-s':>10}{'of limit':>10}  target"
-        print(f"\n{section:<58}" + (columns if section not in ("kernels", "tune") else ""))
-        name = " ".join([section, *(args.size or ())]) if section == "train" else section
-        rows = []
-        for r in bench(section, args):
-            if section not in ("kernels", "tune"):  # which show their rows themselves
-                print_row(r)
+        print(f"\n{section:<58}{'' if shows_itself else columns}")
+        name, rows = " ".join([section, *(args.size or ())]) if section == "train" else section, []
+        for r in (SECTIONS | GPU_SECTIONS)[section](args):
             rows.append(r)
-            tables[name] = {"machine": about, "rows": rows}
-            if path:  # after every row: a run that is cut off has lost nothing
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(tables, indent=1, default=float) + "\n")
+            if not shows_itself:
+                print_row(r)
+            if path:  # after every row, so that a run that is cut off keeps what it has measured
+                write(path, tables | {f"{name}, unfinished": {"machine": about, "rows": rows}})
+        tables[name] = {"machine": about, "rows": rows}
+        if path:
+            write(path, tables)
+
+
+def write(path, tables):
+    """Replaced as a whole, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tables, indent=1, default=float) + "\n")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

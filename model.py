@@ -114,9 +114,9 @@ class Block(nn.Module):
 
     def attend(self, x, cos, sin, cache):
         B, T, C = x.shape
-        qkv = self.qkv(x.flatten(0, 1)).view(
-            B, T, 3, self.n_head, self.head_dim
-        )  # flat: see rope_qkv_ on recomputation
+        # flat, so that the product is one mm, and recomputation that would keep it sees it being turned in place;
+        # a product of three dimensions hides that behind a view
+        qkv = self.qkv(x.flatten(0, 1)).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = rope_qkv_(qkv, cos, sin)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(self, k, v)

@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy processes on shared cores make OpenMP crawl; before torch
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -408,7 +409,7 @@ def test_selective_recomputation_of_the_qkv_product_is_refused_and_any_other_cha
     """Rotation is in place: a saved product would be rotated again, which must be an error, not a wrong gradient."""
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-    model, x = tiny(), torch.randn(2, 16, 32)
+    model, x = tiny(), torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
     block = model.blocks[0]
 
     def gradient(*saved, **kwargs):
@@ -1066,6 +1067,43 @@ def test_the_gpu_benchmarks_run_to_the_end(monkeypatch, capsys):
     assert "AUTO = {" in table and table.count("\n| ") == len(rows) + 1
     monkeypatch.setitem(PRESETS, "124M", {"n_layer": 1, "n_head": 2, "n_embd": 32})
     monkeypatch.setitem(bench.GPU_SIZES, "124M", (1.0, 1e12, 0))
-    rows = list(bench.bench_train(["124M"], steps=5, block_size=16, batch=32, vocab_size=96))
-    assert len(rows) == 2 * 7 and all(r["value"] > 0 for r in rows)
+    only, shape = SimpleNamespace(size=["124M"]), dict(steps=5, block_size=16, batch=32, vocab_size=96)
+    rows = list(bench.bench_train(only, **shape))
+    assert len(rows) == 2 * 7 - 1 and all(r["value"] > 0 for r in rows)  # eager auto is all triton
     assert [r["what"] for r in rows if r["target"]] == ["124M, compiled, auto, nan GB"] and not rows[0]["met"]
+    monkeypatch.setattr(bench, "measure_steps", lambda *a: 1 / 0)
+    assert all("ZeroDivisionError" in r["what"] and not r["met"] for r in bench.bench_train(only, **shape))
+
+
+def test_the_benchmarks_numbers_survive_a_death_and_other_sections(tmp_path, monkeypatch):
+    bench, path = importlib.import_module("bench"), tmp_path / "deep/results/bench.json"
+
+    def rows(args, dies):
+        yield bench.row("first", 1.0, "x")
+        if dies:
+            raise KeyboardInterrupt
+        yield bench.row("second", 2.0, "x")
+
+    def measure(section, dies, *arguments):
+        monkeypatch.setattr(bench, "SECTIONS", {section: lambda args: rows(args, dies)})
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--only", section, *arguments])
+        with contextlib.suppress(KeyboardInterrupt):
+            bench.main()
+
+    measure("mix", False, "--json", str(path))
+    measure("mix", True, "--json", str(path))
+    saved = json.loads(path.read_text())
+    assert len(saved["mix, unfinished"]["rows"]) == 1 and saved["mix, unfinished"]["machine"]["versions"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench.backend, "lack", lambda: "")
+    monkeypatch.setattr(bench, "machine", lambda: {"device": "NVIDIA X 9"})
+    measure("mix", False), measure("model", False), measure("mix", True)
+    saved = json.loads((tmp_path / "results/nvidia-x-9.json").read_text())
+    assert {name: len(t["rows"]) for name, t in saved.items()} == {"mix": 2, "model": 2, "mix, unfinished": 1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_benchmark_that_needs_a_gpu_says_so_in_one_line():
+    for arguments in (["--only", "kernels"], ["--only", "mix", "train"], ["--size", "124M"]):
+        done = run("bench.py", *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "NVIDIA GPU" in done.stderr, done.stderr

@@ -104,7 +104,7 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu
     dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware has it, else float32
     compile: str = "auto"  # yes, no; auto: on CUDA
-    kernels: str = "auto"  # triton, torch; auto: the faster one for every operation, on an NVIDIA GPU
+    kernels: str = "auto"  # triton, torch; auto: as AUTO in kernels/backend.py says, on an NVIDIA GPU
 
     def __post_init__(self):
         self.lr = self.lr or self.lr_peak
@@ -792,7 +792,9 @@ def train(named, fresh, stop):
     machine, peak = describe(device, dtype, compiled)
     print_plan(phases, model, f"{machine}\nkernels  {running}")
     if device == "cuda" and model.config.n_inner % 8:
-        print(f"slow     n_inner = {model.config.n_inner:,} is not a multiple of 8: unaligned rows, SwiGLU in torch")
+        print(f"slow     n_inner = {model.config.n_inner:,} is not a multiple of 8, so rows of the MLP are not aligned")
+    if backend.using["norm"] == "triton" and model.config.n_embd > 8192:
+        print(f"slow     n_embd = {model.config.n_embd:,} is above 8,192, so norms run in torch")
     for name, _ in named[:index]:
         print(f"{name:<8} done")
     init_weights(model.to_empty(device=device), cfg.seed)

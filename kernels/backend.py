@@ -34,32 +34,46 @@ using = dict.fromkeys(AUTO, "torch")  # what runs now; `choose` sets it for the 
 TILES = {}
 
 
+def use(choice):
+    """Set what runs: triton or torch for all operations, or {operation: triton or torch} for some."""
+    using.update(dict.fromkeys(AUTO, choice) if isinstance(choice, str) else choice)
+
+
+def lack(device="cuda"):
+    """Why kernels cannot run on a device (cuda, cpu, mps), or "" if they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if INTERPRET:  # which has kernels run on the CPU, whatever else is there
+        return ""
+    if device != "cuda":
+        return f"they are for NVIDIA GPUs and the device is {device}"
+    if not torch.version.cuda or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return "there is no NVIDIA GPU of the Ampere generation or later"
+    return ""
+
+
 def choose(kernels, device, compiled):
     """Set what runs, by `kernels` (auto, triton or torch); returns a line about it; ValueError says why not.
 
     device: cuda, cpu or mps. compiled: whether the model goes through torch.compile.
     """
-    interpreted = INTERPRET and kernels == "triton"
-    if not HAS_TRITON:
-        lack = "triton is not installed"
-    elif interpreted or (device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() >= (8, 0)):
-        lack = ""
+    auto = kernels == "auto"
+    why = lack(device) or ("the interpreter is for tests" if auto and INTERPRET else "")
+    if kernels == "triton" and why:
+        raise ValueError(f"kernels = triton, but {why}; leave it at auto")
+    if auto and not why:
+        use({op: ways[compiled] for op, ways in AUTO.items()})
+        why = "AUTO in kernels/backend.py, " + ("with torch.compile" if compiled else "without torch.compile")
     else:
-        lack = "there is no NVIDIA GPU of the Ampere generation or later"
-    if kernels == "triton" and lack:
-        raise ValueError(f"kernels = triton, but {lack}; leave it at auto")
-    if kernels == "auto" and not lack:
-        using.update({op: ways[compiled] for op, ways in AUTO.items()})
-        why = "the faster ones inside torch.compile" if compiled else "the faster ones without torch.compile"
-    else:
-        using.update(dict.fromkeys(AUTO, "triton" if kernels == "triton" else "torch"))
-        why = lack if kernels == "auto" else f"kernels={kernels}" + " in the interpreter" * interpreted
+        use("triton" if kernels == "triton" else "torch")
+        why = why if auto else f"kernels={kernels}"
     names = {way: ", ".join(op for op in using if using[op] == way) for way in ("triton", "torch")}
     return "; ".join(f"{way}: {ops}" for way, ops in names.items() if ops) + f" ({why})"
 
 
 def runs_triton(op, x):
-    """Whether `op` on tensor x is Triton's: the user's choice, if the kernels can take x. They compute in fp32."""
+    """Whether `op` on tensor x is Triton's: the user's choice, unless x is on a CPU or in float64; kernels compute in
+    fp32. Each operation has limits of its own beside."""
     return using[op] == "triton" and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
 
 

@@ -18,7 +18,7 @@ class Reference(torch.autograd.Function):
     def forward(ctx, x, weight, target, logit_scale, z_coef, ignore_index, vocab_real, divisor, rows, with_grad):
         w = (weight[:vocab_real] * logit_scale).to(x.dtype)  # padding of the vocabulary is no word
         valid = target != ignore_index
-        column = target.clamp_min(0)[:, None]  # (N, 1); what ignored rows pick is multiplied by 0
+        column = torch.where(valid, target, 0)[:, None]  # (N, 1); what ignored rows pick is multiplied by 0
         if divisor is None:
             divisor = valid.sum().clamp_min(1)
         token_loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
@@ -129,8 +129,8 @@ def linear_ce_op(
     if divisor is None:
         divisor = (target != ignore_index).sum().clamp_min(1)
     divisor = divisor.to(torch.float32)
-    _, token_loss, _, dx, _ = linear_ce_fake(x, weight, target, 1.0, 0.0, 0, 0, None, rows, with_grad)
-    lse_sq, logits = torch.empty_like(token_loss), x.new_empty(min(rows, N), V)
+    token_loss, lse_sq = (x.new_empty(N, dtype=torch.float32) for _ in range(2))  # lse_sq: 0 where ignored
+    dx, logits = torch.empty_like(x) if with_grad else x.new_empty(0), x.new_empty(min(rows, N), V)
     # in one chunk cuBLAS can round the sum it keeps in fp32; several chunks must add up before they are rounded
     dtype = weight.dtype if weight.dtype == w.dtype and rows >= N else torch.float32
     dw = torch.empty(weight.shape if with_grad else 0, dtype=dtype, device=x.device)
@@ -184,7 +184,8 @@ def linear_ce(
     a number or scalar tensor: Crystal divides by batch * length whatever is masked), and the z term keeps the softmax
     normaliser near 1 (PaLM, arXiv 2204.02311, section 5). max_logit_bytes bounds one chunk of logits.
     Returns loss, a scalar with gradient; token_loss, (N,), without z-loss, 0 where ignored; and the sum of lse^2: fp32.
-    The last two carry no gradient: they serve logs and evaluation.
+    The last two carry no gradient: they serve logs and evaluation. A target that is neither a word nor ignored is an
+    IndexError or RuntimeError of the reference; the kernel, which does not wait for the device, makes the loss NaN.
     """
     fused = runs_triton("linear_ce", x)
     # the reference keeps a chunk's probabilities in fp32

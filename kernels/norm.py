@@ -93,7 +93,7 @@ def add_norm_op(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
     eps: float, rms: bool, alpha: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> y, r as x, and mean, rstd (rows,) fp32; mean is empty with rms."""
+    """-> y, r as x, and mean, rstd (rows,) fp32; mean is empty with rms. weight, bias (D,) contiguous."""
     D, M = x.shape[-1], x.numel() // x.shape[-1]
     y, r, mean, rstd = add_norm_fake(x, residual, weight, bias, eps, rms, alpha)
     ROWS, warps, _ = tile("norm", D, x.dtype, formula(D))
@@ -167,6 +167,8 @@ def add_norm(x, residual, weight, bias=None, eps=1e-5, rms=False, alpha=1.0):
     RMSNorm (arXiv 1910.07467); the arithmetic is fp32 at least, on r as stored.
     Returns (y, r), both (..., d) in the dtype of the residual stream.
     """
-    if runs_triton("norm", x) and x.shape[-1] <= 8192:  # a row has to fit a program's registers
+    plain = residual is None or residual.shape == x.shape  # the kernel does not broadcast
+    if runs_triton("norm", x) and plain and x.shape[-1] <= 8192:  # a row has to fit a program's registers
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
         return add_norm_op(x, residual, weight, bias, eps, rms, alpha)[:2]
     return reference(x, residual, weight, bias, eps, rms, alpha)

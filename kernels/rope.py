@@ -103,6 +103,7 @@ def formula(width):
 def rotate_op_(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pos: torch.Tensor | None, interleaved: bool
 ) -> None:
+    """qkv (B, T, 3, H, D), in place; cos, sin (>= T, R / 2) fp32; pos (B, T) integers or None: all contiguous."""
     B, T, _, H, D = qkv.shape
     HALF = cos.shape[1]
     HEADS, warps, _ = tile("rope", HALF, qkv.dtype, formula(HALF))
@@ -121,6 +122,7 @@ def pack_op(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     pos: torch.Tensor | None, interleaved: bool,
 ) -> torch.Tensor:  # fmt: skip
+    """dq, dk, dv (B, H, T, D) of any strides -> dqkv (B, T, 3, H, D) in their dtype."""
     B, H, T, D = dq.shape
     out = pack_fake(dq, dk, dv, cos, sin, pos, interleaved)
     if not dq.stride() == dk.stride() == dv.stride() or dq.stride(3) != 1:
@@ -171,4 +173,7 @@ def rope_qkv_(qkv, cos, sin, interleaved=False, pos=None):
         raise ValueError("rope_qkv_ works in place and needs a contiguous qkv")
     if pos is None and len(cos) < qkv.shape[1]:
         raise ValueError(f"rope_qkv_ has tables for {len(cos)} positions and {qkv.shape[1]} to turn")
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or 2 * cos.shape[1] > qkv.shape[4]:
+        raise ValueError(f"rope_qkv_ cannot turn {2 * cos.shape[1]} channels of {tuple(qkv.shape)}, (B, T, 3, H, D)")
+    cos, sin, pos = (t if t is None else t.contiguous() for t in (cos, sin, pos))
     return RopeQKV.apply(qkv, cos, sin, pos, interleaved)

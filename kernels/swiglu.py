@@ -25,6 +25,7 @@ def forward_kernel(GATE_UP, H, WIDTH: tl.constexpr, GATE_FIRST: tl.constexpr, BL
 
 @triton.jit
 def backward_kernel(DH, GATE_UP, D, WIDTH: tl.constexpr, GATE_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """D: gradient of GATE_UP; programs as in the forward."""
     row = (tl.program_id(0) // tl.cdiv(WIDTH, BLOCK)).to(tl.int64)
     col = tl.program_id(0) % tl.cdiv(WIDTH, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     at = row * 2 * WIDTH + col
@@ -45,6 +46,7 @@ FORMULA = 1024, 4, 1  # columns, so that each of 128 threads reads 16 bytes of b
 
 @torch.library.custom_op("nanocrystal::swiglu", mutates_args=())
 def swiglu_op(gate_up: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    """gate_up (..., 2f) -> (..., f)."""
     h = swiglu_fake(gate_up, gate_first)
     width = h.shape[-1]
     BLOCK, warps, _ = tile("swiglu", width, h.dtype, FORMULA)
@@ -60,6 +62,7 @@ def swiglu_fake(gate_up, gate_first):
 
 @torch.library.custom_op("nanocrystal::swiglu_backward", mutates_args=())
 def swiglu_backward_op(dh: torch.Tensor, gate_up: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    """dh (..., f), gate_up (..., 2f) -> gradient of gate_up."""
     d = swiglu_backward_fake(dh, gate_up, gate_first)
     width = dh.shape[-1]
     BLOCK, warps, _ = tile("swiglu_backward", width, dh.dtype, FORMULA)
