@@ -39,6 +39,7 @@ import prepare
 import tokenizer
 import train
 from kernels import backend
+from kernels import bench as kernel_bench
 from mix import Mix, Source
 from model import GPT, PRESETS, GPTConfig, init_weights
 
@@ -408,7 +409,11 @@ def train_row(size, mode, name, steps, shape):
     try:
         rate, mfu, gigabytes = measure_steps(size, mode == "compiled", micro, steps, shape)
     except Exception as error:  # also a compiler's; the other rows must not be lost
-        why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
+        why = (
+            "out of memory"
+            if isinstance(error, torch.OutOfMemoryError)
+            else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
         return row(f"{what}: {why}", 0.0, "tokens/s", target=target) | {"planned": planned}
     return row(f"{what}, {gigabytes:.1f} GB", rate, "tokens/s", None, mfu, target) | {"planned": planned}
 
@@ -480,21 +485,13 @@ def seconds_between(marks, cuda):
 # ------------------------------------------------------------------------------------------------------------- table
 
 
-def bench_kernels(args):
-    import kernels.bench
-
-    return kernels.bench.bench_kernels()
-
-
-def bench_tune(args):
-    import kernels.bench
-
-    return kernels.bench.tune()
-
-
 # functions of the command line that return rows, or yield them as they are measured
 SECTIONS = {"mix": bench_mix, "tokenizer": bench_tokenizer, "model": bench_model}
-GPU_SECTIONS = {"tune": bench_tune, "kernels": bench_kernels, "train": bench_train}
+GPU_SECTIONS = {
+    "tune": lambda args: kernel_bench.tune(),
+    "kernels": lambda args: kernel_bench.bench_kernels(),
+    "train": bench_train,
+}
 
 
 def machine():
