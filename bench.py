@@ -420,9 +420,9 @@ def train_row(size, mode, name, steps, shape):
 
 def measure_steps(size, compiled, micro, steps, shape):
     """(median tokens/s, MFU, peak GB) of train.train_step, feeder and optimizer included."""
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
     cfg = train.Config(size=size, mix={"random": 1.0}, budget=10**12, micro_batch=micro, **PRESETS[size] | shape)
+    device, dtype, _ = train.find_device(cfg)
+    cuda = device == "cuda"
     torch._dynamo.reset()
     gc.collect()  # a compiled model is part of a cycle, and would count as this one's memory
     if cuda:
@@ -434,7 +434,6 @@ def measure_steps(size, compiled, micro, steps, shape):
         np.random.default_rng(0).integers(0, cfg.vocab_size, 10**7, dtype=np.uint16).tofile(path / "train.bin")
         sources = {"random": Source(path, "train", cfg.block_size)}
         (phase,) = train.build_phases([("bench", cfg)], sources, {}, 0)
-        dtype = torch.bfloat16 if cuda else torch.float32
         with torch.device(device):
             model = GPT(train.model_config(cfg, cfg.vocab_size), dtype)
         for p in model.parameters():

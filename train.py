@@ -512,12 +512,12 @@ def find_progress(named):
     roots = [Path(cfg.out) / name / "checkpoints" for name, cfg in named]
     for index in reversed(range(len(named))):
         if folder := checkpoint.latest(roots[index]):
-            check_line(roots[: index + 1], folder)
+            check_lineage(roots[: index + 1], folder)
             return index, folder
     return 0, None
 
 
-def check_line(roots, folder):
+def check_lineage(roots, folder):
     """Refuse to go on from a phase whose predecessor has been trained anew since, and has other weights now."""
     for before, after in zip(reversed(roots[:-1]), reversed(roots[1:]), strict=True):
         parent = checkpoint.load_state(folder).get("parent")

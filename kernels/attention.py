@@ -46,8 +46,8 @@ def attention_mask(Tq, Tk, mode="causal", prefix=None, doc=None, device=None):
 def batch_mask(T, mode, prefix=None, doc=None):
     """The mask of one batch for all its layers, to be given to `attention`: build it once, outside the model.
 
-    For tensors prefix or doc on CUDA a BlockMask of blocks of 128, built on the device without a wait; elsewhere the
-    dense one of `attention_mask`. None for `causal`, which needs none.
+    For tensors prefix or doc on CUDA a BlockMask of blocks of 128; elsewhere the dense one of `attention_mask`. None
+    for `causal`, which needs none.
     """
     if mode == "causal":
         return None

@@ -46,7 +46,7 @@ def lack(device="cuda"):
     if INTERPRET:  # which has kernels run on the CPU, whatever else is there
         return ""
     if device != "cuda":
-        return f"they are for NVIDIA GPUs and the device is {device}"
+        return f"the kernels are for NVIDIA GPUs and the device is {device}"
     if not torch.version.cuda or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return "there is no NVIDIA GPU of the Ampere generation or later"
     return ""

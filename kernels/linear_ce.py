@@ -182,10 +182,11 @@ def linear_ce(
     `vocab_real` (default V) on are padding and get no probability.
     loss = (sum of losses + z_coef * sum of lse^2) / divisor, where divisor is the number of valid targets if None (else
     a number or scalar tensor: Crystal divides by batch * length whatever is masked), and the z term keeps the softmax
-    normaliser near 1 (PaLM, arXiv 2204.02311, section 5). max_logit_bytes bounds one chunk of logits.
+    normaliser near 1 (PaLM, arXiv 2204.02311, section 5). max_logit_bytes bounds one chunk of logits, in the
+    reference their fp32 copy.
     Returns loss, a scalar with gradient; token_loss, (N,), without z-loss, 0 where ignored; and the sum of lse^2: fp32.
-    The last two carry no gradient: they serve logs and evaluation. A target that is neither a word nor ignored is an
-    IndexError or RuntimeError of the reference; the kernel, which does not wait for the device, makes the loss NaN.
+    The last two carry no gradient: they serve logs and evaluation. A target that is neither a word nor ignored is a
+    RuntimeError of the reference; the kernel, which does not wait for the device, makes the loss NaN.
     """
     fused = runs_triton("linear_ce", x)
     # the reference keeps a chunk's probabilities in fp32

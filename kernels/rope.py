@@ -163,8 +163,9 @@ def rope_qkv_(qkv, cos, sin, interleaved=False, pos=None):
 
     qkv: (B, T, 3, H, D) contiguous; use what is returned, not qkv, afterwards. cos, sin: (>= T, R / 2) fp32. Channel i
     is paired with i + R/2 (half-split, as in Llama and StableLM) or, `interleaved`, 2i with 2i + 1 (as in GPT-J and
-    the released Crystal). pos: (B, T) integer positions, or None for 0 .. T-1. Returns q, k, v: views of qkv, each
-    (B, H, T, D); their gradients are rotated back while they are packed. The arithmetic is fp32.
+    the released Crystal); the kernels read the latter two bytes at a time, the former sixteen. pos: (B, T) integer
+    positions, or None for 0 .. T-1. Returns q, k, v: views of qkv, each (B, H, T, D); their gradients are rotated back
+    while they are packed. The arithmetic is fp32.
 
     What made qkv must not have kept it: selective recomputation that saves this product refuses, because it would
     otherwise be rotated twice. ValueError for a qkv or tables that cannot be meant.
