@@ -1,23 +1,37 @@
 """Save, find and load checkpoints that a crash, a full disk or a flipped bit cannot turn into a wrong run.
 
     out/<phase>/checkpoints/step-00001500/
-        model.pt  optimizer.pt     tensors, written and read by torch (weights_only: a checkpoint is data, never code)
-        state.json                 everything else: phase, step, tokens, positions in the data, configuration
-        complete.json              sha256 of the other files; written last, so a folder without it does not count
+        __0_0.distcp  __1_0.distcp ...  .metadata   tensors, in the layout of torch.distributed.checkpoint: every
+                                                    process writes its shards, any number of processes reads them
+        state.json                                  phase, step, tokens, positions in the data, configuration
+        complete.json                               sha256 of the other files; written last: a folder without it does
+                                                    not count
 
-A checkpoint is written under another name and renamed when it is on the disk. Knows neither model nor data.
+A checkpoint is written under another name, by a thread beside the training, and renamed when it is on the disk. It is
+data: reading it runs none of its code. Knows neither model nor data.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
-from pathlib import Path
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
-import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
-MARKER = "complete.json"
+import processes
+from processes import gather, rank, together
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # as intended
+MARKER, TENSORS = "complete.json", "*.distcp"
 
 
 class CheckpointError(ValueError):
@@ -46,42 +60,123 @@ def write_json(path, value):
     temporary.rename(path)
 
 
-def save(root, step, tensors, state, keep):
-    """Write root/step-XXXXXXXX and delete all but the newest `keep` complete ones. Returns its path.
+# ------------------------------------------------------------------------------------------------------------- saving
 
-    tensors: {"model": state dict, "optimizer": ...}, one file each. state: JSON-able dict. If anything goes wrong, what
-    was there before is still there, and CheckpointError says why.
+
+def save(root, step, tensors, state, keep, group=None):
+    """Write root/step-XXXXXXXX and delete all but the newest `keep` complete ones; called by all processes at once.
+
+    tensors: nested dicts of tensors and DTensors. state: JSON-able dict, rank 0's is written. group: of processes. If
+    anything goes wrong, what was there before is still there, and all processes raise CheckpointError, which says why.
     """
-    root = Path(root)
-    final, temporary = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
+    final, first = Path(root) / f"step-{step:08d}", rank() == 0
+    temporary = final.with_suffix(".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, value in tensors.items():
-            with open(temporary / f"{name}.pt", "wb") as f:
-                torch.save(value, f)
-                f.flush()
-                os.fsync(f.fileno())
-        write_json(temporary / "state.json", state)
-        write_json(temporary / MARKER, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
-        sync(temporary)
-        if final.exists():  # the same step again; under the name .old it still counts if we die before the next line
-            final.rename(final.with_suffix(".old"))
-        temporary.rename(final)
-        sync(root)
-        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        failure = error if isinstance(error, OSError) else error.__context__  # torch wraps a failed write
-        if not isinstance(failure, OSError):
+        with together(group):
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with together(group):
+            if not temporary.is_dir():
+                raise CheckpointError(f"{root} is not the same folder for all processes; --out must be a shared one")
+        writer = dcp.FileSystemWriter(temporary)  # which syncs its files
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        with together(group):
+            digests = {path.name: sha256(path) for path in temporary.glob(f"__{rank()}_{TENSORS}")}
+        digests = {name: digest for one in gather(digests, group) for name, digest in one.items()}
+        with together(group):
+            if first:
+                write_json(temporary / "state.json", state)
+                digests |= {name: sha256(temporary / name) for name in (".metadata", "state.json")}
+                write_json(temporary / MARKER, digests)
+                publish(temporary, final)
+                for old in complete(root)[:-keep]:
+                    shutil.rmtree(old)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not (why := disk_problem(error)):
             raise
         raise CheckpointError(
-            f"could not save {final}: {failure.strerror}; free some space and run the same command again,"
+            f"could not save {final}: {why}; free some space and run the same command again,"
             " it continues from the last checkpoint"
         ) from error
-    for old in complete(root)[:-keep]:
-        shutil.rmtree(old)
     return final
+
+
+def publish(temporary, final):
+    """Give a written checkpoint its name; a death at any line leaves a complete one."""
+    sync(temporary)
+    old = final.with_suffix(".old")
+    if final.exists():  # the same step again; as .old it still counts
+        final.rename(old)
+    temporary.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_problem(error):
+    """What the operating system said, in whichever process, however torch has wrapped it; None if it was not that."""
+    inner = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    for e in inner:
+        for cause in (e, e.__context__):
+            if isinstance(cause, OSError):
+                return cause.strerror
+    return next(("no space or no access" for e in inner if "PytorchStreamWriter" in str(e)), None)
+
+
+class Saver:
+    """Saves in a thread, one checkpoint at a time, while training changes the tensors."""
+
+    def __init__(self):
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def save(self, root, step, tensors, state, keep):
+        """Like `save`, of the tensors as they are now: at once if memory has room for a copy, else it waits."""
+        self.wait()
+        copy = tensors if (waits := local_bytes(tensors) > free_memory()) else copied(tensors)
+        self.pending = self.thread.submit(save, root, step, copy, state, keep, processes.saving)
+        if waits:
+            self.wait()
+
+    def failed(self):
+        return bool(self.pending and self.pending.done() and self.pending.exception())
+
+    def wait(self):
+        """Until the last checkpoint is on the disk; raises what saving it raised."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def copied(tensors):
+    if isinstance(tensors, dict):
+        return {name: copied(value) for name, value in tensors.items()}
+    return tensors.detach().to("cpu", copy=True)  # a DTensor's own shard
+
+
+def local_bytes(tensors):
+    """Bytes that this process holds of nested dicts of tensors."""
+    if isinstance(tensors, dict):
+        return sum(map(local_bytes, tensors.values()))
+    return (tensors.to_local() if isinstance(tensors, DTensor) else tensors).nbytes
+
+
+def free_memory():
+    """Bytes that this process may still take: its part of what the machine, or its control group (v2), has left."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+        group = Path("/sys/fs/cgroup")
+        if (limit := group / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
+            files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
+            free = min(free, int(most) - int((group / "memory.current").read_text()) + int(files))
+    except (OSError, KeyError, ValueError):  # not Linux
+        return float("inf")
+    return free // processes.local_rank()[1]
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
 
 
 def complete(root):
@@ -93,12 +188,15 @@ def damage(folder):
     """Why a complete checkpoint cannot be used, or None: names the first file that is missing or changed."""
     try:
         expected = json.loads((folder / MARKER).read_text())
-        for name, digest in expected.items():
+        for name in expected:
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if sha256(folder / name) != digest:
+        with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
+            found = dict(zip(expected, pool.map(sha256, [folder / name for name in expected]), strict=True))
+        for name in expected:
+            if found[name] != expected[name]:
                 return f"{name} is not what was written (sha256 differs)"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{MARKER} is unreadable ({error})"
     return None
 
@@ -128,15 +226,66 @@ def find(path):
     return folder
 
 
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
 def weights_sha256(folder):
-    """What tells the weights of a complete checkpoint from any others."""
-    return json.loads((Path(folder) / MARKER).read_text())["model.pt"]
+    """What tells the tensors of a complete checkpoint from any others."""
+    digests = json.loads((Path(folder) / MARKER).read_text())
+    return hashlib.sha256(
+        json.dumps(sorted(v for k, v in digests.items() if k.endswith(".distcp"))).encode()
+    ).hexdigest()
 
 
 def load_state(folder):
     return json.loads((Path(folder) / "state.json").read_text())
 
 
-def load_tensors(folder, name, device="cpu"):
-    """What `save` got as tensors[name], on `device`."""
-    return torch.load(Path(folder) / f"{name}.pt", map_location=device, weights_only=True)
+def load(folder, tensors, group=None):
+    """Fill tensors, nested dicts like those that were saved or a part of them, in place, from shards of any number.
+
+    Called by all processes at once, or by one that is alone. Raises CheckpointError.
+    """
+    try:
+        reader = Reader(folder)
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=not dist.is_initialized())
+    except (CheckpointException, ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+        failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+        raise CheckpointError(f"checkpoint {folder}: {next(iter(failures.values()))[0]}") from error
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads tensors and nothing else; the library's own would unpickle `.metadata` and whatever that calls bytes."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        with open(Path(folder) / ".metadata", "rb") as f:
+            self.metadata = PlainUnpickler(f).load()
+        for name, entry in self.metadata.state_dict_metadata.items():
+            if type(entry) is not TensorStorageMetadata:
+                raise CheckpointError(f"{name} is not a tensor")
+
+    def read_metadata(self, *args, **kwargs):
+        return self.metadata
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds what describes tensors; any other class or function is refused before it is looked up."""
+
+    METADATA = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata",
+                "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")  # fmt: skip
+    ADMITTED = frozenset(
+        {
+            *(("torch.distributed.checkpoint.metadata", name) for name in METADATA),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            *(("torch", name) for name in ("Size", "float32", "float64", "bfloat16")),
+        }
+    )
+
+    def find_class(self, module, name):
+        if (module, name) == ("pathlib", "PosixPath"):  # where it was written, of no use here
+            return PurePosixPath
+        if (module, name) not in self.ADMITTED:
+            raise CheckpointError(f".metadata asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)

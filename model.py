@@ -165,6 +165,12 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)  # (block_size, rotary_dim / 2) fp32
         self.register_buffer("sin", sin, persistent=False)
 
+    def init_tables(self):
+        """Fill what is no parameter and in no checkpoint, after `to_empty`."""
+        cos, sin = rope_tables(self.config.block_size, self.config.rotary_dim)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+
     @property
     def head_weight(self):
         return self.wte.weight if self.head is None else self.head.weight
@@ -257,8 +263,9 @@ def kind(name):
 
 
 @torch.no_grad()
-def init_weights(model, seed):
-    """Fill every parameter in place; works after `to_empty` from the meta device as well.
+def init_weights(model, seed, part=lambda whole, p: whole):
+    """Fill every parameter in place; works after `to_empty` from the meta device as well. part: what of a whole tensor
+    parameter p holds, if this process has only a shard of it.
 
     | parameter                       | muP                                | standard (mup_base = 0) |
     |---------------------------------|------------------------------------|-------------------------|
@@ -281,11 +288,9 @@ def init_weights(model, seed):
             std /= (2 * c.n_layer) ** 0.5
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        value = torch.empty(p.shape)
-        p.copy_(nn.init.trunc_normal_(value, 0.0, std, -2 * std, 2 * std, generator=generator))
-    cos, sin = rope_tables(c.block_size, c.rotary_dim)
-    model.cos.copy_(cos)
-    model.sin.copy_(sin)
+        whole = nn.init.trunc_normal_(torch.empty(p.shape), 0.0, std, -2 * std, 2 * std, generator=generator)
+        p.copy_(part(whole, p))
+    model.init_tables()
 
 
 def param_groups(model, weight_decay):

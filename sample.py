@@ -21,7 +21,7 @@ def load_model(path, device="cpu", dtype=torch.float32):
     folder = checkpoint.find(path)
     state = checkpoint.load_state(folder)
     model = GPT(GPTConfig(**state["model"]), dtype).to(device).eval()
-    model.load_state_dict(checkpoint.load_tensors(folder, "model", device))
+    checkpoint.load(folder, {"model": dict(model.named_parameters())})
     meta = state["tokenizer"]
     return model, meta and tokenizer.load(meta["name"], meta["vocab_size"]), state
 

@@ -5,9 +5,12 @@
     python train.py config/phase2.py --init_from=out/phase1              # or one after the other, to the same weights
     python train.py config/phase1.py --size=124M --budget=2.5B --batch=512K   # any knob below, for every phase; K, M, B
     python train.py config/crystal7b/phase?.py --plan                    # show what would be trained, and stop
+    torchrun --standalone --nproc_per_node=8 train.py config/phase1.py   # 8 GPUs; the same samples in the same steps
+    torchrun --nnodes=4 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 
-The same command again continues where it stopped, after any kind of death. --fresh starts over and moves what is there
-aside. Ctrl-C or SIGTERM finishes the step, saves and exits 0. Exit codes: 0 done, 2 your mistake, 1 ours.
+The same command again continues where it stopped, after any kind of death, on any number of processes. --fresh starts
+over and moves what is there aside. Ctrl-C, SIGTERM or SIGUSR1, to any of the processes, finishes the step, saves and
+exits 0. Exit codes: 0 done, 2 your mistake, 1 ours.
 
 A config file is one phase: plain Python, run in a namespace that holds every default below. A value on the command line
 beats the file's, before the file computes with it: --lr_peak scales the rates of all phases, --lr makes them one rate.
@@ -15,14 +18,12 @@ Names that begin with _ are the file's own.
 """
 
 import contextlib
-import ctypes
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
@@ -32,15 +33,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
+import processes
 import tokenizer
 from checkpoint import CheckpointError
 from configurator import ConfigError, coerce, read_command_line
 from kernels import backend
+from machine import describe, find_device, keep_memory, synchronize
 from mix import Mix, MixError, Source, check_identity
 from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
+from processes import LostError, Stop, from_first, gather, rank, together, world
 from tokenizer import TokenizerError
 
 # ------------------------------------------------------------------------------------------------------------- knobs
@@ -78,7 +87,7 @@ class Config:
     budget: int = 10_000_000  # tokens of the whole run
     share: float = 1.0  # this phase's part of it
     batch: int = 8192  # tokens a step
-    micro_batch: int = 0  # rows at a time; 0: the most that divide the batch and stay within 16,384 tokens
+    micro_batch: int = 0  # rows at a time and process; 0: the most that divide the batch and stay within 16,384 tokens
     # optimiser
     lr_peak: float = 0.006  # of the run: what the files of its phases compute lr and lr_end from
     lr: float = 0.0  # at the phase's peak, 0: lr_peak; hidden matrices get lr * mup_base / n_embd
@@ -105,6 +114,9 @@ class Config:
     dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware has it, else float32
     compile: str = "auto"  # yes, no; auto: on CUDA
     kernels: str = "auto"  # triton, torch; auto: as AUTO in kernels/backend.py says, on an NVIDIA GPU
+    recompute: bool = False  # activations of a block in the backward pass: a third more work, far less memory
+    reshard_after_forward: bool = True  # many processes: gather weights again for the backward pass, to hold less
+    timeout: float = 600.0  # seconds that processes wait for each other before they call one hung
 
     def __post_init__(self):
         self.lr = self.lr or self.lr_peak
@@ -119,7 +131,8 @@ class Config:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"{name} = {value!r} is none of {', '.join(known)}")
-        above_zero = ("budget", "share", "batch", "lr_peak", "save_every", "log_every", "eval_tokens", "keep")
+        above_zero = ("budget", "share", "batch", "lr_peak", "save_every", "log_every", "eval_tokens", "keep",
+                      "timeout")  # fmt: skip
         for name, value in vars(self).items():
             if type(value) in (int, float) and (value < 0 or (value == 0 and name in above_zero)):
                 raise ConfigError(f"{name} = {value} is not above 0")
@@ -137,6 +150,7 @@ class Config:
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
 RUN_KNOBS = [
     *MODEL_KNOBS, "out", "data", "seed", "budget", "eval_tokens", "wandb", "device", "dtype", "compile", "kernels",
+    "recompute", "reshard_after_forward", "timeout",
 ]  # fmt: skip
 
 
@@ -171,7 +185,7 @@ def lr_at(step, steps, cfg):
 
 
 def phase_steps(name, cfg):
-    """Steps of a phase, rows a step, rows a micro-step; ConfigError with all the numbers if they do not fit."""
+    """Steps, rows a step, rows a micro-step of one process; ConfigError with the numbers if they do not fit."""
     steps, rows = round(cfg.share * cfg.budget / cfg.batch) if cfg.batch else 0, cfg.batch // cfg.block_size
     if not rows or cfg.batch % cfg.block_size:
         raise ConfigError(f"{name}: batch = {cfg.batch:,} tokens is not a multiple of block_size = {cfg.block_size:,}")
@@ -179,13 +193,14 @@ def phase_steps(name, cfg):
         raise ConfigError(
             f"{name}: share {cfg.share} of budget {cfg.budget:,} is less than one batch of {cfg.batch:,} tokens"
         )
-    most = cfg.micro_batch or max(1, 16_384 // cfg.block_size)
-    micro = max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+    batch = f"{name}: batch = {cfg.batch:,} tokens = {rows} rows of {cfg.block_size:,} are not a multiple of"
+    if rows % world():
+        raise ConfigError(f"{batch} {world()} processes")
+    mine, most = rows // world(), cfg.micro_batch or max(1, 16_384 // cfg.block_size)
+    micro = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
     if cfg.micro_batch and micro != cfg.micro_batch:
-        raise ConfigError(
-            f"{name}: batch = {cfg.batch:,} tokens = {rows} rows of {cfg.block_size:,} are not a multiple of"
-            f" micro_batch = {cfg.micro_batch} rows; {micro} would be"
-        )
+        each = f" on each of {world()} processes" if world() > 1 else ""
+        raise ConfigError(f"{batch} micro_batch = {cfg.micro_batch} rows{each}; {micro} would be")
     return steps, rows, micro
 
 
@@ -194,8 +209,8 @@ class Phase:
     name: str
     cfg: Config
     steps: int
-    rows: int  # a step
-    micro: int  # rows a micro-step
+    rows: int  # a step, of all processes
+    micro: int  # rows a micro-step, of one process
     mix: Mix
     first_token: int  # tokens trained before the phase, in this run and those it was initialised from
 
@@ -266,7 +281,8 @@ def print_phase(phase):
     cfg, tokens = phase.cfg, phase.steps * phase.cfg.batch
     warmup = round(cfg.warmup * phase.steps if cfg.warmup < 1 else cfg.warmup)
     lr_end = cfg.lr if cfg.decay == "constant" else cfg.lr_end
-    shape = f"{phase.steps:,} steps of {phase.rows // phase.micro} x {phase.micro} rows"
+    many = f"{world()} processes x " if world() > 1 else ""
+    shape = f"{phase.steps:,} steps of {many}{phase.rows // phase.micro // world()} x {phase.micro} rows"
     rate = f"lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}, warmup {warmup:,} steps"
     print(f"{phase.name:<8} {si(tokens)} tokens = {shape}; {rate}")
     first, last = phase.mix.drawn(0), phase.mix.drawn(phase.mix.samples)
@@ -276,73 +292,11 @@ def print_phase(phase):
               f" {first[name] / windows:.2f} -> {last[name] / windows:.2f}")  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- the machine
-
-# Dense bf16 matmul peak, FLOP/s, from the vendors' data sheets. A CPU's, or another card's, is measured.
-PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-        "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10": 125e12}  # fmt: skip
-
-
-def keep_memory():
-    """Have glibc keep freed memory: it hands large blocks back, and the system clears their pages for the next step."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc here
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def find_device(cfg):
-    """(device, dtype, compile?) from the knobs, `auto` resolved. Never float16: its range needs a loss scale."""
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif not (device == "cpu" or getattr(torch, device).is_available()):
-        raise ConfigError(f"device = {device}, but torch sees none; try --device=cpu")
-    if cfg.dtype != "auto":
-        dtype = getattr(torch, cfg.dtype)
-    elif device == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    elif device == "cpu":  # emulated bf16 is slower than fp32
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        dtype = torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
-    else:
-        dtype = torch.float32
-    return device, dtype, cfg.compile == "yes" or (cfg.compile == "auto" and device == "cuda")
-
-
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def matmul_rate(device, dtype, seconds=0.1):
-    """FLOP/s of a 1024 (CPU) or 8192 (GPU) square matmul: the ceiling that this machine shows."""
-    n = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end or best == math.inf:
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def describe(device, dtype, compiled):
-    """(one line about the machine, its peak FLOP/s)."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    listed = next((peak for card, peak in PEAK.items() if re.search(rf"\b{card}\b(?! PCIe| Laptop)", name)), None)
-    peak = listed if listed and dtype == torch.bfloat16 else matmul_rate(device, dtype)
-    ceiling = f"{peak / 1e12:.4g} TFLOP/s {'data sheet' if peak == listed else 'measured matmul'}"
-    mode = "compiled" if compiled else "eager"
-    return f"device   {name}; {str(dtype)[6:]}, {mode}, torch {torch.__version__}; 100% MFU = {ceiling}", peak
-
-
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-def open_sources(cfg, names):
-    """name -> Source, the training part; the default corpus is prepared first if there is no data at all."""
+def prepare_corpus(cfg, names):
+    """Prepare the default corpus if that is asked for and there is no data at all."""
     folder = Path(cfg.data)
     begun, empty = (folder / "corpus").is_dir(), not any(folder.glob("*/*.bin"))
     missing = any(not (folder / name / "meta.json").exists() for name in names)
@@ -354,7 +308,6 @@ def open_sources(cfg, names):
             prepare.prepare_default(folder)
         except subprocess.CalledProcessError as error:  # it has said why
             raise ConfigError("the default corpus could not be prepared") from error
-    return {name: Source(folder / name, "train", cfg.block_size) for name in names}
 
 
 def the_tokenizer(sources):
@@ -390,20 +343,25 @@ def held_out(cfg, sources, encoding):
 
 
 class Feeder:
-    """Micro-batches of a phase on the device, one ahead: a thread reads the next while this one trains."""
+    """Micro-batches of this process on the device, one ahead: a thread reads the next while this one trains.
 
-    def __init__(self, phase, first_sample, device):
-        self.phase, self.next, self.device = phase, first_sample, device
+    Of every batch, rank r of R takes the r-th of R slices, so samples and steps are the same for any R.
+    """
+
+    def __init__(self, phase, first_step, device):
+        self.mix, self.micro, self.device = phase.mix, phase.micro, device
+        mine = phase.rows // world()
+        first, end = first_step * phase.rows + rank() * mine, phase.steps * phase.rows
+        self.slices = (lo for at in range(first, end, phase.rows) for lo in range(at, at + mine, phase.micro))
         self.thread = ThreadPoolExecutor(1)
         self.future = self.submit()
 
     def submit(self):
-        lo, hi = self.next, self.next + self.phase.micro
-        self.next = hi
-        return self.thread.submit(self.read, lo, hi) if hi <= self.phase.mix.samples else None
+        lo = next(self.slices, None)
+        return None if lo is None else self.thread.submit(self.read, lo, lo + self.micro)
 
     def read(self, lo, hi):
-        rows, source = (torch.from_numpy(array) for array in self.phase.mix.batch(lo, hi))
+        rows, source = (torch.from_numpy(array) for array in self.mix.batch(lo, hi))
         if self.device == "cuda":  # rows travel as uint16, a quarter of the bytes
             return rows.pin_memory(), source.pin_memory()
         return rows.long(), source
@@ -416,33 +374,87 @@ class Feeder:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), source.to(self.device, non_blocking=True)
 
 
+# ---------------------------------------------------------------------------------------------- model and optimizer
+
+
+def parallelize(model, cfg):
+    """Recomputation, compilation and sharding, in this order and in place, of a model born on the meta device.
+
+    In several processes every block is one unit of FSDP2, and the rest, embedding and head, another: each process holds
+    1/R of weights, gradients and moments, in fp32. A block's weights are gathered in the dtype of the arithmetic, those
+    of the rest in fp32, as in one process: a sum over all places of a word would not survive bf16. Gradients are
+    averaged over processes in fp32.
+    """
+    device, dtype, compiled = find_device(cfg)
+    for block in model.blocks:
+        if cfg.recompute:
+            block.forward = recomputed(block.forward)
+        if compiled:
+            block.forward = torch.compile(block.forward, dynamic=False)
+    if not dist.is_initialized():
+        return
+    mesh = init_device_mesh(device, (world(),))
+    # the model casts what needs it; FSDP would also cast the angles of the rotation
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def recomputed(forward):
+    def wrapper(*args):
+        return recompute(forward, *args, use_reentrant=False)
+
+    return wrapper
+
+
+def my_shard(whole, p):
+    """What this process holds of a tensor that all have computed; p: the parameter it is for."""
+    return (
+        distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else whole
+    )
+
+
+def make_optimizer(model, cfg, device, state=None):
+    """AdamW with muP's groups and all its state from the start; `state`, an earlier optimizer's, is taken over."""
+    fused = device in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(
+        param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused
+    )
+    for p in model.parameters():
+        step = torch.zeros((), device=device if fused else "cpu")
+        new = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = state[p] if state else new
+    return optimizer
+
+
+def tensors_of(model, optimizer=None):
+    """What a checkpoint holds, by parameter name: {"model": {name: weight}, "optimizer": {name: {moment: tensor}}}."""
+    weights = dict(model.named_parameters())
+    moments = {"optimizer": {name: optimizer.state[p] for name, p in weights.items()}} if optimizer else {}
+    return {"model": weights} | moments
+
+
+def accumulator(values, device):
+    """For sums over many steps: fp64, which MPS has not."""
+    return torch.tensor(values, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
+
+
+def all_reduce(sums):
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+
+
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-class Stop:
-    """True once SIGINT or SIGTERM has come; a second Ctrl-C interrupts at once."""
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        self.signal = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __bool__(self):
-        return self.signal is not None
-
-
 class Log:
-    """log.jsonl of a phase. Lines beyond `size` bytes belong to steps that a crash took back, and are cut off."""
+    """log.jsonl of a phase, of rank 0. Lines beyond `size` bytes belong to steps that a crash took back: cut off."""
 
     def __init__(self, path, size):
+        self.file = None
+        if rank():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
         with contextlib.suppress(ImportError):  # no fcntl on Windows
@@ -455,33 +467,46 @@ class Log:
         self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
 
     def write(self, record):
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
 
     def size(self):
-        """Bytes so far, on the disk."""
+        """Bytes so far, on the disk; 0 in other processes."""
+        if not self.file:
+            return 0
         os.fsync(self.file.fileno())
         return self.file.seek(0, os.SEEK_END)
+
+    def close(self):
+        if self.file:
+            self.file.close()
 
 
 @torch.no_grad()
 def evaluate(model, sets, micro, device, stop):
     """Per source: mean loss in nats a token, and bits per byte, over its held-out windows; None if `stop` came up.
 
-    Bits per byte = sum of losses / ln 2 / bytes of UTF-8 behind the targets; special ids stand for no bytes.
+    Bits per byte = sum of losses / ln 2 / bytes of UTF-8 behind the targets; special ids stand for no bytes. The
+    processes share the windows.
     """
-    result = {}
-    for name, (rows, n_bytes) in sets.items():
-        loss = 0.0
-        for lo in range(0, len(rows), micro):
-            if stop:
+    losses = accumulator([0.0] * len(sets), device)
+    for i, (rows, _) in enumerate(sets.values()):
+        for lo in range(rank() * micro, rank() * micro + len(rows), micro * world()):  # equally often in all processes
+            if stop.agreed():
                 return None
             batch = torch.zeros(micro, rows.shape[1], dtype=torch.long)  # always one shape, so compiled once
             some = torch.from_numpy(rows[lo : lo + micro]).long()
             batch[: len(some)] = some
             tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
             targets[len(some) :] = -1
-            loss += model(tokens.to(device), targets.to(device))[1].double().sum().item()
+            losses[i] += model(tokens.to(device), targets.to(device))[1].to(losses.dtype).sum()
+    all_reduce(losses)
+    for module in model.modules():  # FSDP would keep the gathered weights for a backward pass
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    result = {}
+    for (name, (rows, n_bytes)), loss in zip(sets.items(), losses.tolist(), strict=True):
         n_tokens = rows[:, 1:].size
         bpb = loss / math.log(2) / n_bytes if n_bytes else None
         result[name] = {"loss": loss / n_tokens, "bpb": bpb, "tokens": n_tokens}
@@ -557,7 +582,7 @@ def check_checkpoint(folder, state, model, meta, sources, phase, inside):
 
 
 def rehearse(model, phase, device):
-    """Tokens a second of one micro-batch forward and backward: compiles, finds a lack of memory, leaves no trace."""
+    """Tokens a second, of all processes, of a micro-batch forward and backward: compiles, finds a lack of memory."""
     rows = torch.from_numpy(phase.mix.batch(0, phase.micro)[0]).long().to(device)
     for _ in range(2):  # the first one compiles and allocates
         synchronize(device)
@@ -565,34 +590,32 @@ def rehearse(model, phase, device):
         model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), phase.cfg.z_loss, phase.cfg.batch)[0].backward()
         model.zero_grad(set_to_none=True)
         synchronize(device)
-    return rows[:, 1:].numel() / (time.perf_counter() - start)
-
-
-def make_optimizer(model, cfg, device, saved):
-    """AdamW with muP's groups; `saved` moments are taken over, hyper-parameters are always the configuration's."""
-    optimizer = torch.optim.AdamW(
-        param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
-        fused=device in ("cuda", "cpu"),
-    )  # fmt: skip
-    if saved:
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-    return optimizer
+    return world() * rows[:, 1:].numel() / (time.perf_counter() - start)
 
 
 def train_step(model, optimizer, feeder, phase, step, sums, skips):
     """One update from phase.rows samples; returns its learning rate and gradient norm (a tensor, not waited for).
 
     If a loss or the norm is not finite, weights, moments and sums stay as they are; skips, int64 (2,) on the device,
-    counts such steps since the last log line and in a row. Nothing here waits for the device.
+    counts such steps since the last log line and in a row. Apart from what FSDP does, the processes exchange one vector
+    of 2 K + 1 sums. Nothing here waits for the device.
     """
-    cfg, step_sums = phase.cfg, torch.zeros_like(sums)
-    for _ in range(phase.rows // phase.micro):
+    cfg, step_sums, micro_steps = phase.cfg, torch.zeros_like(sums), phase.rows // phase.micro // world()
+    for n in range(micro_steps):
         tokens, targets, source = feeder()
-        # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over the batch
-        loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(n + 1 == micro_steps)
+        # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over this process's part of the batch,
+        # and the mean of those over processes, which FSDP takes, that over the batch
+        loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch // world())
         loss.backward()
         add_losses(step_sums, token_loss, source)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    norm = torch.nn.utils.get_total_norm(grads)
+    shared = torch.cat((step_sums.flatten(), norm.to(sums.dtype).square()[None]))
+    all_reduce(shared)
+    step_sums, norm = shared[:-1].view_as(sums), shared[-1].sqrt().float()
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip or math.inf, norm)
     lr = lr_at(step, phase.steps, cfg)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -629,11 +652,9 @@ class LossError(Exception):
     """Training cannot go on; the message says from where it can."""
 
 
-def check_skips(phase, step, in_a_row):
-    """LossError if the last updates were left out too often in a row; it names their samples and the way on."""
-    if in_a_row <= phase.cfg.max_skips:
-        return
-    newest = checkpoint.latest(phase.folder / "checkpoints")
+def give_up(phase, step, in_a_row):
+    """Raise the LossError after too many updates in a row were left out; it names their samples and the way on."""
+    newest = from_first(checkpoint.latest, phase.folder / "checkpoints")
     saved = checkpoint.load_state(newest)["sample"] if newest else 0
     first, end = (step - in_a_row) * phase.rows, step * phase.rows
     raise LossError(
@@ -643,24 +664,39 @@ def check_skips(phase, step, in_a_row):
     )
 
 
-def train_phase(phase, model, optimizer, state, parent, sets, meta, device, peak, stop):
+@dataclass
+class Run:
+    """What stays the same through the phases of a run."""
+
+    model: GPT
+    device: str
+    peak: float  # FLOP/s of all processes
+    sets: dict  # held-out windows by source
+    tokenizer: dict | None
+    stop: Stop
+    saver: checkpoint.Saver
+
+
+def train_phase(run, phase, optimizer, state, parent):
     """The loop of one phase, from `state` (a checkpoint's of this phase, or None). False if it was told to stop.
 
     parent: checkpoint.weights_sha256 of what the phase began with, None if it began with an initialisation.
     """
-    cfg, mix = phase.cfg, phase.mix
+    cfg, mix, model, saver = phase.cfg, phase.mix, run.model, run.saver
     step = state["step"] if state else 0
     evaluated, saved = (state["evaluated"], step) if state else (-1, -1)
-    # loss and tokens by source since the last log line, on the device; fp64, which MPS has not
-    saved_sums = state["sums"] if state else [[0.0] * len(mix.names)] * 2
-    sums = torch.tensor(saved_sums, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
-    skips = torch.tensor(state.get("skips", [0, 0]) if state else [0, 0], device=device)
-    log = Log(phase.folder / "log.jsonl", state["log_bytes"] if state else 0)
-    checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
+    # loss and tokens by source since the last log line, of all processes, on the device
+    sums = accumulator(state["sums"] if state else [[0.0] * len(mix.names)] * 2, run.device)
+    skips = torch.tensor(state.get("skips", [0, 0]) if state else [0, 0], device=run.device)
+    with together():
+        log = Log(phase.folder / "log.jsonl", state["log_bytes"] if state else 0)
+        if rank() == 0:
+            checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
     if state:
         log.write({"event": "resume", "step": step, "phase": phase.name, "tokens": state["tokens"]})
-    feeder = Feeder(phase, step * phase.rows, device)
-    wandb = importlib.import_module("wandb").init(project=cfg.wandb, name=phase.name) if cfg.wandb else None
+    feeder = Feeder(phase, step, run.device)
+    with_wandb = cfg.wandb and rank() == 0
+    wandb = importlib.import_module("wandb").init(project=cfg.wandb, name=phase.name) if with_wandb else None
 
     def where():
         return {"step": step, "phase": phase.name, "tokens": phase.first_token + step * cfg.batch}
@@ -671,21 +707,20 @@ def train_phase(phase, model, optimizer, state, parent, sets, meta, device, peak
             wandb.log(where() | values, step=where()["tokens"])
 
     def save():
-        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state = where() | {
             "sample": step * phase.rows, "start": mix.start, "first_token": phase.first_token, "evaluated": evaluated,
             "parent": parent, "sums": sums.tolist(), "skips": skips.tolist(), "log_bytes": log.size(),
             "drawn": mix.drawn(step * phase.rows), "mix": mix.identity(), "model": dataclasses.asdict(model.config),
-            "tokenizer": meta, "config": dataclasses.asdict(cfg), "torch": torch.__version__,
+            "tokenizer": run.tokenizer, "config": dataclasses.asdict(cfg), "torch": torch.__version__,
         }  # fmt: skip
-        checkpoint.save(phase.folder / "checkpoints", step, tensors, state, cfg.keep)
+        saver.save(phase.folder / "checkpoints", step, tensors_of(model, optimizer), state, cfg.keep)
 
-    bar = tqdm(total=phase.steps, initial=step, desc=phase.name, unit="step", disable=None, leave=False)
+    bar = tqdm(total=phase.steps, initial=step, desc=phase.name, unit="step", disable=rank() > 0 or None, leave=False)
     since, timed = time.perf_counter(), 0  # of the running log line: start, and steps timed
-    while not stop:
+    while not (why := run.stop.agreed(saver.failed())):
         if evaluated != step and (step in (0, phase.steps) or (cfg.eval_every and step % cfg.eval_every == 0)):
-            if (values := evaluate(model, sets, phase.micro, device, stop)) is None:
-                break
+            if (values := evaluate(model, run.sets, phase.micro, run.device, run.stop)) is None:
+                continue  # and hear why
             record({"val": values})
             tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {format_val(values)}")
             evaluated, since, timed = step, time.perf_counter(), 0
@@ -703,13 +738,16 @@ def train_phase(phase, model, optimizer, state, parent, sets, meta, device, peak
         if step % cfg.log_every == 0 or step in (1, phase.steps):
             (skipped, in_a_row), (loss, tokens) = skips.tolist(), sums.tolist()  # waits for the device
             speed = timed * cfg.batch / (time.perf_counter() - since)
-            values, line = log_line(phase, step, loss, tokens, lr, norm.item(), speed, peak, model.flops_per_token())
+            flops = model.flops_per_token()
+            values, line = log_line(phase, step, loss, tokens, lr, norm.item(), speed, run.peak, flops)
             record(values)
             tqdm.write(line)
             if skipped:
                 record({"event": "skipped_step", "steps": skipped, "in_a_row": in_a_row})
                 tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  updates left out, not finite: {skipped}")
-            check_skips(phase, step, in_a_row)
+            if in_a_row > cfg.max_skips:
+                saver.wait()
+                give_up(phase, step, in_a_row)
             sums.zero_()
             skips[0] = 0
             since, timed = time.perf_counter(), 0
@@ -717,15 +755,16 @@ def train_phase(phase, model, optimizer, state, parent, sets, meta, device, peak
     feeder.thread.shutdown()
     if wandb:
         wandb.finish()
-    if step == phase.steps and evaluated == step:
-        log.file.close()
-        return True
-    log.write(where() | {"event": "signal", "signal": stop.signal})
-    if saved != step:
-        save()
-    log.file.close()
-    print(f"{stop.signal}: stopped and saved at step {step:,} of {phase.name}; the same command continues")
-    return False
+    done = step == phase.steps and evaluated == step
+    if not done and why != "failed":  # a failed save raises in wait()
+        log.write(where() | {"event": "signal", "signal": why})
+        if saved != step:
+            save()
+    saver.wait()
+    log.close()
+    if not done:
+        print(f"{why}: stopped and saved at step {step:,} of {phase.name}; the same command continues")
+    return done
 
 
 def format_val(values):
@@ -753,42 +792,69 @@ def show_changes(saved, cfg):
         print(f"changed  since the checkpoint: {', '.join(changed)}")
 
 
+def find_start(named, fresh):
+    """(index of the phase to go on with, checkpoint to begin it with or None, whether that is one of this phase)."""
+    index, folder = (0, None) if fresh else find_progress(named)
+    init_from = named[0][1].init_from
+    return index, folder or (checkpoint.find(init_from) if init_from else None), folder is not None
+
+
+def check_same(facts):
+    """Refuse to train if the processes were given different things. facts: nested dict of what must be equal."""
+
+    def flat(value, name=""):
+        if not isinstance(value, dict):
+            return {name: value}
+        return {k: v for key, x in value.items() for k, v in flat(x, f"{name}.{key}".lstrip(".")).items()}
+
+    first, *others = map(flat, gather(facts))
+    for n, other in enumerate(others, 1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"{name} is {first.get(name)!r} in process 0 but {other.get(name)!r} in process {n}: must agree"
+                )
+
+
 def train(named, fresh, stop):
     """Run the phases from wherever they stopped. named: [(name, Config), ...]. False if `stop` ended it early."""
     cfg = named[0][1]
-    device, dtype, compiled = find_device(cfg)
-    if cfg.wandb and not importlib.util.find_spec("wandb"):
-        raise ConfigError(f"wandb = {cfg.wandb!r} needs the wandb package: pip install wandb")
-    try:
-        running = backend.choose(cfg.kernels, device, compiled)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    with together():
+        device, dtype, compiled = find_device(cfg)
+        if cfg.wandb and not importlib.util.find_spec("wandb"):
+            raise ConfigError(f"wandb = {cfg.wandb!r} needs the wandb package: pip install wandb")
+        try:
+            running = backend.choose(cfg.kernels, device, compiled)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if device == "cpu":
         keep_memory()
     torch.set_float32_matmul_precision("high")
 
-    index, folder = (0, None) if fresh else find_progress(named)  # folder: a checkpoint inside phase `index`
-    before = folder or (checkpoint.find(cfg.init_from) if cfg.init_from else None)
-    state = checkpoint.load_state(before) if before else None
     names = sorted({name for _, c in named for name in c.mix})
-    sources = open_sources(cfg, names)
-    meta, encoding = the_tokenizer(sources)
-    vocab_real = meta["vocab_size"] if meta else cfg.vocab_size
-    if not meta:  # bare .bin files
-        largest = max(int(source.rows(0, min(source.windows, 100)).max()) for source in sources.values())
-        if vocab_real <= largest:
-            raise ConfigError(f"{cfg.data}/ names no tokenizer and has id {largest:,}; say --vocab_size=...")
-    with torch.device("meta"):
-        model = GPT(model_config(cfg, vocab_real), dtype)
-    if folder:  # the phase began where its own checkpoint says
-        start, tokens = state["start"], state["first_token"]
-    else:
-        start, tokens = (state["drawn"], state["tokens"]) if before else ({}, 0)
-    phases = build_phases(named[index:], sources, start, tokens)
-    if before:
-        check_checkpoint(before, state, model, meta, sources, phases[0], inside=bool(folder))
+    from_first(prepare_corpus, cfg, names)
+    index, before, inside = from_first(find_start, named, fresh)
+    with together():
+        state = checkpoint.load_state(before) if before else None
+        sources = {name: Source(Path(cfg.data) / name, "train", cfg.block_size) for name in names}
+        meta, encoding = the_tokenizer(sources)
+        with torch.device("meta"):
+            model = GPT(model_config(cfg, count_ids(cfg, meta, sources)), dtype)
+        if inside:  # the phase began where its own checkpoint says
+            start, tokens = state["start"], state["first_token"]
+        else:
+            start, tokens = (state["drawn"], state["tokens"]) if before else ({}, 0)
+        phases = build_phases(named[index:], sources, start, tokens)
+        if before:
+            check_checkpoint(before, state, model, meta, sources, phases[0], inside)
+        parent = checkpoint.weights_sha256(before) if before else None
+        sets = held_out(cfg, sources, encoding)
+    check_same({
+        **{name: dataclasses.asdict(c) for name, c in named}, "torch": torch.__version__, "arithmetic": str(dtype),
+        "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": parent,
+        "held out": {name: hashlib.sha256(rows).hexdigest() for name, (rows, _) in sets.items()},
+    })  # fmt: skip
 
-    sets = held_out(cfg, sources, encoding)
     machine, peak = describe(device, dtype, compiled)
     print_plan(phases, model, f"{machine}\nkernels  {running}")
     if device == "cuda" and model.config.n_inner % 8:
@@ -797,44 +863,69 @@ def train(named, fresh, stop):
         print(f"slow     n_embd = {model.config.n_embd:,} is above 8,192, so norms run in torch")
     for name, _ in named[:index]:
         print(f"{name:<8} done")
-    init_weights(model.to_empty(device=device), cfg.seed)
     if before:
         print(f"from     {before}, step {state['step']:,} of {state['phase']}")
-        model.load_state_dict(checkpoint.load_tensors(before, "model", device))
-    parent = state.get("parent") if folder else before and checkpoint.weights_sha256(before)
-    if folder:
+    if inside:
         show_changes(state["config"], phases[0].cfg)
         if state["step"] == phases[0].steps == state["evaluated"]:
             print(f"{phases[0].name:<8} done")
-            phases, folder, parent = phases[1:], None, checkpoint.weights_sha256(before)
+            phases, inside = phases[1:], False
+        else:
+            parent = state["parent"]
     if not phases:
         print(f"finished: nothing is left to do in {cfg.out}/; a larger --budget trains on, --fresh starts over")
         return True
-    for name, c in named if fresh else ():
-        set_aside(Path(c.out) / name)
-    phases[0].folder.mkdir(parents=True, exist_ok=True)
-    if compiled:
-        model.compile(dynamic=False)
+
+    parallelize(model, cfg)
+    model.to_empty(device=device)
+    if before:
+        model.init_tables()
+        checkpoint.load(before, tensors_of(model), processes.control)
+    else:
+        init_weights(model, cfg.seed, my_shard)
+    from_first(make_room, named if fresh else [], phases[0].folder)
     speed = rehearse(model, phases[0], device)
-    left = sum(p.steps * p.cfg.batch for p in phases) - (state["tokens"] - phases[0].first_token if folder else 0)
+    left = sum(p.steps * p.cfg.batch for p in phases) - (state["tokens"] - phases[0].first_token if inside else 0)
     print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
 
+    run = Run(model, device, peak, sets, meta, stop, checkpoint.Saver())
     optimizer = None
     for phase in phases:
-        moments = None
-        if folder:
-            moments = checkpoint.load_tensors(folder, "optimizer", device)
-        elif phase.cfg.carry_optimizer and (optimizer or before):
-            moments = optimizer.state_dict() if optimizer else checkpoint.load_tensors(before, "optimizer", device)
-        optimizer = make_optimizer(model, phase.cfg, device, moments)
-        if not train_phase(phase, model, optimizer, state if folder else None, parent, sets, meta, device, peak, stop):
+        carried = optimizer.state if optimizer and phase.cfg.carry_optimizer else None
+        saved = before if inside or (before and not optimizer and phase.cfg.carry_optimizer) else None
+        optimizer = make_optimizer(model, phase.cfg, device, carried)
+        if saved:
+            checkpoint.load(saved, {"optimizer": tensors_of(model, optimizer)["optimizer"]}, processes.control)
+        if not train_phase(run, phase, optimizer, state if inside else None, parent):
             return False
-        report(phase)
-        folder, parent = None, checkpoint.weights_sha256(checkpoint.complete(phase.folder / "checkpoints")[-1])
+        inside, parent = False, from_first(end_phase, phase)
     last = phases[-1].folder
     print(f"\nnext     python sample.py {last} --prompt 'def '     python plot.py {cfg.out}")
     print(f"         python train.py <another phase>.py --init_from={last}")
     return True
+
+
+def count_ids(cfg, meta, sources):
+    """Ids that the data may hold: the tokenizer's, or for bare .bin files cfg.vocab_size."""
+    if meta:
+        return meta["vocab_size"]
+    largest = max(int(source.rows(0, min(source.windows, 100)).max()) for source in sources.values())
+    if cfg.vocab_size <= largest:
+        raise ConfigError(f"{cfg.data}/ names no tokenizer and has id {largest:,}; say --vocab_size=...")
+    return cfg.vocab_size
+
+
+def make_room(afresh, folder):
+    """Set aside what --fresh replaces, and make the folder of the phase that begins."""
+    for name, cfg in afresh:
+        set_aside(Path(cfg.out) / name)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def end_phase(phase):
+    """Print what it did; what tells its weights from others, for the phase that begins with them."""
+    report(phase)
+    return checkpoint.weights_sha256(checkpoint.complete(phase.folder / "checkpoints")[-1])
 
 
 def show_plan(named):
@@ -860,31 +951,46 @@ def show_plan(named):
     return True
 
 
-def main(argv):
+def run_command(named, flags, refused, stop):
+    """-> exit code. refused: what was wrong with the command line, if anything was."""
     try:
-        named, flags = read_command_line(argv, Config, PRESETS, ("plan", "fresh", "help"))
-        if "help" in flags:
-            print(__doc__)
-            return 0
-        check_phases(named)
+        with together():
+            if refused:
+                raise refused
+            check_phases(named)
         if "plan" in flags:
             show_plan(named)
-        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ConfigError("training on several processes is not built yet; start one process, without torchrun")
         else:
-            with Stop() as stop:
-                train(named, "fresh" in flags, stop)
-    except (ConfigError, MixError, CheckpointError, TokenizerError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except LossError as error:
+            again = (
+                int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            )  # torchrun, after a death: --fresh was done
+            train(named, "fresh" in flags and not again, stop)
+    except (ConfigError, MixError, CheckpointError, TokenizerError, OSError, LossError) as error:
+        if rank() == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        return 1 if isinstance(error, LossError) else 2
+    return 0
+
+
+def main(argv):
+    named, flags, refused = [], set(), None
+    try:
+        named, flags = read_command_line(argv, Config, PRESETS, ("plan", "fresh", "help"))
+    except ConfigError as error:
+        refused = error
+    if "help" in flags:
+        print(__doc__)
+        return 0
+    try:
+        with Stop() as stop, processes.joined(named[0][1].timeout if named else Config.timeout):
+            return run_command(named, flags, refused, stop)
+    except LostError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # a log file is then as new as the run
-    sys.exit(main(sys.argv[1:]))
+    processes.leave(main(sys.argv[1:]))

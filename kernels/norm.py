@@ -15,6 +15,7 @@ def reference(x, residual, weight, bias, eps, rms, alpha):
     if rms:
         return F.rms_norm(r.to(up), weight.shape, weight.to(up), eps).to(r.dtype), r
     bias = None if bias is None else bias.to(up)
+    bias = None if bias is None else bias.to(up)
     return F.layer_norm(r.to(up), weight.shape, weight.to(up), bias, eps).to(r.dtype), r
 
 

@@ -1,0 +1,171 @@
+"""The processes of one run: who they are, what they agree on, how they stop and end together.
+
+torchrun starts them and says in the environment who is who (RANK, WORLD_SIZE, MASTER_ADDR ...). Without it there is
+one process, and everything here is trivial. What a person did wrong may be seen by one process only, so all come to
+know it, all stop, and one of them says it. Knows nothing of models and data.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Process groups for what is not the model's: decisions, which the host waits for while the device works on, and
+# checkpoints, written by a thread of their own. Messages of two threads must not mix in one group.
+control, saving = None, None
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank():
+    """Number of this process on its machine, and how many of the run are on it."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def joined(seconds):
+    """Inside, this process is one of torchrun's, and only rank 0 prints. An answer is waited for so many seconds.
+
+    RuntimeError if a process dies or hangs, with the number of the one that did where that can be known.
+    """
+    global control, saving
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    if dist.is_torchelastic_launched():
+        with contextlib.suppress(OSError, AttributeError):  # Linux: when torchrun is killed, be told to stop
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    timeout = timedelta(seconds=seconds)
+    store, me, many = next(iter(dist.rendezvous("env://")))
+    cuda = torch.cuda.is_available() and local_rank()[0] < torch.cuda.device_count()
+    if cuda:
+        torch.cuda.set_device(local_rank()[0])
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=me, world_size=many, timeout=timeout)
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    try:
+        with contextlib.ExitStack() as stack:
+            if me:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            try:
+                yield
+            except RuntimeError as error:
+                if "Timed out" in str(error):
+                    raise LostError(who_hangs(store, me, many, seconds)) from error
+                if "by peer" in str(error) or "Broken pipe" in str(error):
+                    raise LostError(f"process {me}: another one died, torchrun knows which") from error
+                raise
+        meet(store, many)
+        dist.destroy_process_group()
+    finally:
+        control = saving = None
+
+
+class LostError(Exception):
+    """Another process of the run is gone; the message says what is known of it."""
+
+
+def who_hangs(store, me, many, seconds):
+    """All that have waited for too long say so in torchrun's store, and who has not after a while is at fault."""
+    store.set(f"waited/{me}", "")
+    time.sleep(5)
+    missing = [str(n) for n in range(many) if not store.check([f"waited/{n}"])]
+    what = f"process {', '.join(missing)} of {many} has" if missing else "the network between the processes has"
+    return f"process {me}: {what} not answered for {seconds:g} s (--timeout); the last checkpoint is good"
+
+
+def meet(store, many, patience=10):
+    """Wait until all processes are here, so that the first to leave does not look like a death to the others."""
+    end = time.monotonic() + patience
+    with contextlib.suppress(RuntimeError):  # the store is gone, so the others are
+        here = store.add("here", 1)
+        while here < many and time.monotonic() < end:
+            time.sleep(0.01)
+            here = store.add("here", 0)
+
+
+def gather(value, group=None):
+    """[value of every process], by rank, on all of them; any value that pickles, such as an exception."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group or control)
+    return values
+
+
+@contextlib.contextmanager
+def together(group=None):
+    """Leave this block alike: if it raises a person's mistake in one process, or a disk's, all raise the first."""
+    mine = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        mine = error
+    if first := next((error for error in gather(mine, group) if error), None):
+        raise first
+
+
+def from_first(function, *args):
+    """What function(*args) returns, or raises, in rank 0; the others wait."""
+    result = None
+    with together():
+        if rank() == 0:
+            result = function(*args)
+    return gather(result)[0]
+
+
+class Stop:
+    """SIGINT, SIGTERM or SIGUSR1 in any process, noted until all of them ask; a second Ctrl-C interrupts at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    FAILED = 1000  # no signal's number
+
+    def __enter__(self):
+        self.number, self.pending = 0, None
+        self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, failed=False):
+        """Why all processes stop now: a signal's name, "failed" if one of them asked with failed=True, or None.
+
+        Every process asks equally often. Many get the answer to what they asked the time before, so that nobody waits.
+        """
+        answer = torch.tensor(self.FAILED if failed else self.number)
+        if dist.is_initialized():
+            work = dist.all_reduce(answer, dist.ReduceOp.MAX, group=control, async_op=True)
+            before, self.pending = self.pending, (answer, work)
+            if not before:
+                return None
+            answer, work = before
+            work.wait()
+        number = int(answer)
+        return "failed" if number == self.FAILED else signal.Signals(number).name if number else None
+
+
+def leave(code):
+    """End this process. With many, without tearing down threads of gloo, which sometimes abort at exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)
+    sys.exit(code)
