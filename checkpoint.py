@@ -79,8 +79,7 @@ def save(root, step, tensors, state, keep, group=None):
         with together(group):
             if not temporary.is_dir():
                 raise CheckpointError(f"{root} is not the same folder for all processes; --out must be a shared one")
-        writer = dcp.FileSystemWriter(temporary)  # which syncs its files
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(tensors, storage_writer=Writer(temporary), process_group=group, no_dist=not dist.is_initialized())
         with together(group):
             digests = {path.name: sha256(path) for path in temporary.glob(f"__{rank()}_{TENSORS}")}
         digests = {name: digest for one in gather(digests, group) for name, digest in one.items()}
@@ -115,14 +114,20 @@ def publish(temporary, final):
     shutil.rmtree(old, ignore_errors=True)
 
 
+class Writer(dcp.FileSystemWriter):
+    """The library's, which syncs its files, but says what the disk said, where that is buried in torch.save's error."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
 def disk_problem(error):
-    """What the operating system said, in whichever process, however torch has wrapped it; None if it was not that."""
+    """What the operating system said, in whichever process; None if something else went wrong."""
     inner = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    for e in inner:
-        for cause in (e, e.__context__):
-            if isinstance(cause, OSError):
-                return cause.strerror
-    return next(("no space or no access" for e in inner if "PytorchStreamWriter" in str(e)), None)
+    return next((e.strerror for e in inner if isinstance(e, OSError)), None)
 
 
 class Saver:

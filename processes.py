@@ -49,6 +49,8 @@ def joined(seconds):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     timeout = timedelta(seconds=seconds)
     store, me, many = next(iter(dist.rendezvous("env://")))
+    # torchrun may keep its store over a restart, with the addresses of those who died
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     cuda = torch.cuda.is_available() and local_rank()[0] < torch.cuda.device_count()
     if cuda:
         torch.cuda.set_device(local_rank()[0])
@@ -79,9 +81,11 @@ class LostError(Exception):
 
 def who_hangs(store, me, many, seconds):
     """All that have waited for too long say so in torchrun's store, and who has not after a while is at fault."""
-    store.set(f"waited/{me}", "")
-    time.sleep(5)
-    missing = [str(n) for n in range(many) if not store.check([f"waited/{n}"])]
+    missing = []
+    with contextlib.suppress(RuntimeError):  # the store is gone, too
+        store.set(f"waited/{me}", "")
+        time.sleep(5 + (me == 0))  # rank 0 may be the store's host
+        missing = [str(n) for n in range(many) if not store.check([f"waited/{n}"])]
     what = f"process {', '.join(missing)} of {many} has" if missing else "the network between the processes has"
     return f"process {me}: {what} not answered for {seconds:g} s (--timeout); the last checkpoint is good"
 

@@ -310,6 +310,11 @@ def prepare_corpus(cfg, names):
             raise ConfigError("the default corpus could not be prepared") from error
 
 
+def open_sources(cfg, names):
+    """{name: Source}, their training parts."""
+    return {name: Source(Path(cfg.data) / name, "train", cfg.block_size) for name in names}
+
+
 def the_tokenizer(sources):
     """meta.json's entry on the tokenizer, one for all sources, and the encoding; None, None for bare .bin files."""
     metas = {name: source.meta["tokenizer"] for name, source in sources.items() if source.meta}
@@ -611,8 +616,9 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
         loss.backward()
         add_losses(step_sums, token_loss, source)
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
-    norm = torch.nn.utils.get_total_norm(grads)
-    shared = torch.cat((step_sums.flatten(), norm.to(sums.dtype).square()[None]))
+    # squares summed in fp64, so that the norm does not depend on how many shards they lie in
+    norms = torch.stack(torch._foreach_norm(grads, 2, dtype=sums.dtype))
+    shared = torch.cat((step_sums.flatten(), norms.square().sum()[None]))
     all_reduce(shared)
     step_sums, norm = shared[:-1].view_as(sums), shared[-1].sqrt().float()
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip or math.inf, norm)
@@ -836,7 +842,7 @@ def train(named, fresh, stop):
     index, before, inside = from_first(find_start, named, fresh)
     with together():
         state = checkpoint.load_state(before) if before else None
-        sources = {name: Source(Path(cfg.data) / name, "train", cfg.block_size) for name in names}
+        sources = open_sources(cfg, names)
         meta, encoding = the_tokenizer(sources)
         with torch.device("meta"):
             model = GPT(model_config(cfg, count_ids(cfg, meta, sources)), dtype)
