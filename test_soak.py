@@ -121,6 +121,4 @@ if __name__ == "__main__":
         struck = check(
             Path(name), write_phases(Path(name), prepare_data(Path(name) / "corpus")), args.deaths, args.seed
         )
-    print(
-        f"{len(struck)} deaths in {time.time() - start:.0f} s: log complete, every loss the same, no torn checkpoint used"
-    )
+    print(f"{len(struck)} deaths in {time.time() - start:.0f} s: log complete, every loss the same")
