@@ -81,7 +81,8 @@ def soak(command, out, deaths, seed):
         way, moment, before = dice.choice(WAYS), dice.choice(MOMENTS), snapshot(out)
         delay, patience = dice.uniform(0, 6 if moment == "the start" else 0.05), time.monotonic() + 90
         while agent.poll() is None and time.monotonic() < patience and len(struck) < deaths:
-            if has_come(moment, out, before) and (moment == "the start" or workers(agent)):
+            late = snapshot(out)["steps"] > before["steps"] + 40
+            if (late or has_come(moment, out, before)) and (moment == "the start" or workers(agent)):
                 time.sleep(delay)
                 if done := agent.poll() is None and strike(way, agent, dice):
                     struck.append((done, moment, snapshot(out)["steps"]))
@@ -96,10 +97,11 @@ def soak(command, out, deaths, seed):
 
 def check(folder, phases, deaths, seed):
     """phases: function from knobs to a command line, as in conftest.py."""
-    straight = subprocess.run([sys.executable, *TORCHRUN, "train.py", *phases(out="straight")], cwd=ROOT,
+    steps = 60 * max(3, deaths)  # some twenty of them pass between two deaths
+    straight = subprocess.run([sys.executable, *TORCHRUN, "train.py", *phases(out="straight", budget=steps * 512)], cwd=ROOT,
                               env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
     assert straight.returncode == 0, straight.stderr[-2000:]
-    struck = soak(phases(), folder / "out", deaths, seed)
+    struck = soak(phases(budget=steps * 512), folder / "out", deaths, seed)
     assert losses(folder / "out") == losses(folder / "straight")
     assert not [path for name in PHASES for path in (folder / "out" / name / "checkpoints").glob("*.old")]
     return struck
