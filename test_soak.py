@@ -98,8 +98,9 @@ def soak(command, out, deaths, seed):
 def check(folder, phases, deaths, seed):
     """phases: function from knobs to a command line, as in conftest.py."""
     steps = 60 * max(3, deaths)  # some twenty of them pass between two deaths
-    straight = subprocess.run([sys.executable, *TORCHRUN, "train.py", *phases(out="straight", budget=steps * 512)], cwd=ROOT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, *TORCHRUN, "train.py", *phases(out="straight", budget=steps * 512)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    straight = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert straight.returncode == 0, straight.stderr[-2000:]
     struck = soak(phases(budget=steps * 512), folder / "out", deaths, seed)
     assert losses(folder / "out") == losses(folder / "straight")
