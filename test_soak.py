@@ -7,6 +7,10 @@ checkpoint is loaded.
 """
 
 import argparse
+import contextlib
+import itertools
+import json
+import math
 import os
 import random
 import signal
@@ -16,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import PHASES, ROOT, losses
+from conftest import PHASES, ROOT, losses, prepare_data, write_phases
+from test_processes import trained
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -30,86 +35,109 @@ WAYS = (
 )
 
 
+def progress(out):
+    """Steps of the whole run, and the sizes of its logs, one of which changes as soon as a process trains."""
+    steps, sizes = 0, []
+    for path in sorted(out.glob("*/log.jsonl")):
+        with open(path, "rb") as f:
+            sizes.append(f.seek(0, os.SEEK_END))
+            f.seek(max(0, sizes[-1] - 4096))
+            lines = f.read().rpartition(b"\n")[0].splitlines()  # the last one may be half there
+        steps += json.loads(lines[-1])["step"] if lines else 0
+    return steps, sizes
+
+
+def is_now(moment, step, out):
+    return {"a save": any(out.glob("*/checkpoints/*.tmp")), "an evaluation": step % 8 == 0}.get(moment, True)
+
+
 def workers(agent):
-    """Process numbers of torchrun's two workers, which lead sessions of their own."""
+    """Process numbers of torchrun's two workers."""
     found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
     return [int(pid) for pid in found]
 
 
-def has_come(moment, out, before):
-    """Whether a run under way has got to a moment that it had not reached `before` (what snapshot() said then)."""
-    now = snapshot(out)
-    return {
-        "any time": now["steps"] > before["steps"] + 2,
-        "a save": any(out.glob("*/checkpoints/*.tmp")) and now["steps"] > before["steps"],
-        "an evaluation": now["steps"] > before["steps"] and now["steps"] % 8 == 0,
-        "a phase change": now["phases"] > before["phases"],
-        "the start": True,
-    }[moment]
-
-
-def snapshot(out):
-    logs = [path.read_bytes().count(b'"grad_norm"') for path in out.glob("*/log.jsonl")]
-    return {"steps": sum(logs), "phases": len(logs)}
-
-
-def strike(way, agent, dice):
-    ranks = workers(agent)
-    targets = {
-        "kill -9 of one rank": [(dice.choice(ranks), signal.SIGKILL)] if ranks else [],
-        "kill -9 of all ranks": [(pid, signal.SIGKILL) for pid in ranks],
-        "kill -9 of torchrun": [(agent.pid, signal.SIGKILL)],
-        "a signal to one rank": [(dice.choice(ranks), dice.choice(SIGNALS))] if ranks else [],
-        "SIGTERM to torchrun": [(agent.pid, signal.SIGTERM)],
+def strike(way, agent, ranks, dice):
+    """Name of the signal that was sent."""
+    targets, number = {
+        "kill -9 of one rank": ([dice.choice(ranks)], signal.SIGKILL),
+        "kill -9 of all ranks": (ranks, signal.SIGKILL),
+        "kill -9 of torchrun": ([agent.pid], signal.SIGKILL),
+        "a signal to one rank": ([dice.choice(ranks)], dice.choice(SIGNALS)),
+        "SIGTERM to torchrun": ([agent.pid], signal.SIGTERM),
     }[way]
-    for pid, number in targets:
-        with_it = number.name
-        try:
+    for pid in targets:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            return ""
-    return f"{way} ({with_it})" if targets else ""
+    return number.name
 
 
-def soak(command, out, deaths, seed):
-    """Run `command` under torchrun until it ends, through so many deaths; returns them as (way, moment, steps done)."""
-    dice, struck = random.Random(seed), []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for _ in range(20 * deaths + 5):
-        launch = [sys.executable, *TORCHRUN, f"--max-restarts={dice.choice((0, 1))}", "train.py", *command]
-        agent = subprocess.Popen(launch, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        way, moment, before = dice.choice(WAYS), dice.choice(MOMENTS), snapshot(out)
-        delay, patience = dice.uniform(0, 6 if moment == "the start" else 0.05), time.monotonic() + 90
-        while agent.poll() is None and time.monotonic() < patience and len(struck) < deaths:
-            late = snapshot(out)["steps"] > before["steps"] + 40
-            if (late or has_come(moment, out, before)) and (moment == "the start" or workers(agent)):
-                time.sleep(delay)
-                if done := agent.poll() is None and strike(way, agent, dice):
-                    struck.append((done, moment, snapshot(out)["steps"]))
-                    print(f"{len(struck):>3}  {done} at {moment}, {struck[-1][2]} steps logged", flush=True)
-                break
-            time.sleep(0.002)
-        agent.communicate(timeout=90)  # until its workers have ended too: they hold the pipe
-        if agent.returncode == 0 and len(struck) == deaths:
-            return struck
-    raise AssertionError(f"no end after {len(struck)} deaths; torchrun's code was {agent.returncode}")
+def strike_when(due, moment, way, agent, out, dice):
+    """Wait for step `due` and the moment, and strike: -> (step, signal), or None if torchrun ended before."""
+    end, (_, before) = time.monotonic() + 120, progress(out)
+    wait = dice.uniform(0, {"the start": 6, "a save": 0.01}.get(moment, 0.05))
+    while agent.poll() is None:
+        assert time.monotonic() < end, f"{moment} from step {due} on did not come"
+        step, sizes = progress(out)
+        if moment == "the start" or (sizes != before and step >= due and is_now(moment, step, out)):
+            time.sleep(wait)
+            if len(ranks := workers(agent)) == 2:
+                sent = strike(way, agent, ranks, dice)
+                while agent.poll() is None and (set(ranks) & set(now := workers(agent)) or len(now) < 2):
+                    assert time.monotonic() < end, f"neither an end nor a restart after {way}"
+                    time.sleep(0.02)
+                return step, sent
+        time.sleep(0.005)
+    return None
+
+
+def plan_deaths(deaths, ends, dice):
+    """[(step from which on to strike, moment, way)] in order; ends: the last step of every phase, in the run."""
+    plan = []
+    for n in range(deaths):
+        moment, way = MOMENTS[n % len(MOMENTS)], dice.choice(WAYS)
+        plan.append(
+            (dice.choice(ends[:-1]) if moment == "a phase change" else dice.randrange(ends[-1] - 40), moment, way)
+        )
+    return sorted(plan)
+
+
+def soak(command, out, plan, dice):
+    """Run `command` under torchrun, anew whenever it has ended, through all deaths of the plan and to its end."""
+
+    def launch():
+        restarts = f"--max-restarts={dice.choice((0, 1))}"
+        return subprocess.Popen(
+            [sys.executable, *TORCHRUN, restarts, "train.py", *command],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    agent = launch()
+    for n, (due, moment, way) in enumerate(plan, 1):
+        while not (struck := strike_when(due, moment, way, agent, out, dice)):
+            said = agent.communicate(timeout=60)[1]  # until its workers have ended too: they hold the pipe
+            assert n > 1 and agent.returncode, said  # else it is at its end, or cannot begin
+            agent = launch()
+        print(f"{n:>3}  step {struck[0]:>4}  {moment:<14}  {way} ({struck[1]})", flush=True)
+    agent.communicate(timeout=300)
+    agent = launch()
+    said = agent.communicate(timeout=300)[1]
+    assert agent.returncode == 0, said
 
 
 def check(folder, phases, deaths, seed):
     """phases: function from knobs to a command line, as in conftest.py."""
-    steps = 60 * max(3, deaths)  # some twenty of them pass between two deaths
-    command = [sys.executable, *TORCHRUN, "train.py", *phases(out="straight", budget=steps * 512)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    straight = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert straight.returncode == 0, straight.stderr[-2000:]
-    struck = soak(phases(budget=steps * 512), folder / "out", deaths, seed)
+    steps, dice = 80 * math.ceil(deaths / 4), random.Random(seed)  # so that phases are multiples of eval_every
+    budget = steps * 512
+    trained(phases(out="straight", budget=budget))
+    ends = list(itertools.accumulate(round(share * steps) for share in (0.3, 0.5, 0.2)))
+    soak(phases(budget=budget), folder / "out", plan_deaths(deaths, ends, dice), dice)
     assert losses(folder / "out") == losses(folder / "straight")
     assert not [path for name in PHASES for path in (folder / "out" / name / "checkpoints").glob("*.old")]
-    return struck
 
 
 def test_a_run_through_random_deaths_is_the_uninterrupted_one_bit_for_bit(phases, tmp_path):
-    assert len(check(tmp_path, phases, deaths=4, seed=5)) == 4
+    check(tmp_path, phases, deaths=4, seed=5)
 
 
 if __name__ == "__main__":
@@ -117,11 +145,8 @@ if __name__ == "__main__":
     parser.add_argument("--deaths", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    from conftest import prepare_data, write_phases
-
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        start = time.time()
-        struck = check(
-            Path(name), write_phases(Path(name), prepare_data(Path(name) / "corpus")), args.deaths, args.seed
-        )
-    print(f"{len(struck)} deaths in {time.time() - start:.0f} s: log complete, every loss the same")
+        folder = Path(name)
+        check(folder, write_phases(folder, prepare_data(folder / "corpus")), args.deaths, args.seed)
+    print(f"{args.deaths} deaths in {time.monotonic() - start:.0f} s: log complete, every loss the same")

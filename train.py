@@ -436,7 +436,7 @@ def make_optimizer(model, cfg, device, state=None):
 def tensors_of(model, optimizer=None):
     """What a checkpoint holds, by parameter name: {"model": {name: weight}, "optimizer": {name: {moment: tensor}}}."""
     weights = dict(model.named_parameters())
-    moments = {"optimizer": {name: optimizer.state[p] for name, p in weights.items()}} if optimizer else {}
+    moments = {"optimizer": {name: dict(optimizer.state)[p] for name, p in weights.items()}} if optimizer else {}
     return {"model": weights} | moments
 
 
@@ -496,20 +496,22 @@ def evaluate(model, sets, micro, device, stop):
     processes share the windows.
     """
     losses = accumulator([0.0] * len(sets), device)
-    for i, (rows, _) in enumerate(sets.values()):
-        for lo in range(rank() * micro, rank() * micro + len(rows), micro * world()):  # equally often in all processes
-            if stop.agreed():
-                return None
-            batch = torch.zeros(micro, rows.shape[1], dtype=torch.long)  # always one shape, so compiled once
-            some = torch.from_numpy(rows[lo : lo + micro]).long()
-            batch[: len(some)] = some
-            tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-            targets[len(some) :] = -1
-            losses[i] += model(tokens.to(device), targets.to(device))[1].to(losses.dtype).sum()
+    try:
+        for i, (rows, _) in enumerate(sets.values()):
+            for lo in range(rank() * micro, rank() * micro + len(rows), micro * world()):  # equally often everywhere
+                if stop.agreed():
+                    return None
+                batch = torch.zeros(micro, rows.shape[1], dtype=torch.long)  # always one shape, so compiled once
+                some = torch.from_numpy(rows[lo : lo + micro]).long()
+                batch[: len(some)] = some
+                tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+                targets[len(some) :] = -1
+                losses[i] += model(tokens.to(device), targets.to(device))[1].to(losses.dtype).sum()
+    finally:
+        for module in model.modules():  # FSDP would keep the gathered weights for a backward pass
+            if isinstance(module, FSDPModule):
+                module.reshard()
     all_reduce(losses)
-    for module in model.modules():  # FSDP would keep the gathered weights for a backward pass
-        if isinstance(module, FSDPModule):
-            module.reshard()
     result = {}
     for (name, (rows, n_bytes)), loss in zip(sets.items(), losses.tolist(), strict=True):
         n_tokens = rows[:, 1:].size
