@@ -12,6 +12,7 @@ A section is a function that returns rows (see row, or kernels/bench.py); add it
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -20,6 +21,8 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -32,10 +35,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: rates h
 import numpy as np
 import tiktoken
 import torch
+from torch.distributed.tensor import DTensor
 
+import checkpoint
 import corpus
 import mix
 import prepare
+import processes
 import tokenizer
 import train
 from kernels import backend
@@ -420,51 +426,61 @@ def train_row(size, mode, name, steps, shape):
 
 def measure_steps(size, compiled, micro, steps, shape):
     """(median tokens/s, MFU, peak GB) of train.train_step, feeder and optimizer included."""
-    cfg = train.Config(size=size, mix={"random": 1.0}, budget=10**12, micro_batch=micro, **PRESETS[size] | shape)
+    mode = "yes" if compiled else "no"
+    cfg = train.Config(size=size, micro_batch=micro, compile=mode, **RANDOM, **PRESETS[size] | shape)
     device, dtype, _ = train.find_device(cfg)
-    cuda = device == "cuda"
     torch._dynamo.reset()
     gc.collect()  # a compiled model is part of a cycle, and would count as this one's memory
-    if cuda:
+    if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    with training(cfg) as (take, model, _):
+        take(3)  # compiles
+        once = median(take(2))
+        take(min(15, int(5 / once)))
+        times = take(max(5, min(steps, int(15 / once))))  # a slow model gets fewer steps, not more time
+    _, peak = train.describe(device, dtype, compiled)
+    rate = cfg.batch / median(times)
+    gigabytes = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    return rate, rate * model.flops_per_token() / peak, gigabytes
+
+
+RANDOM = {"mix": {"random": 1.0}, "budget": 10**12}
+
+
+@contextlib.contextmanager
+def training(cfg):
+    """A model in training on random tokens: (take, model, optimizer); take(n) -> seconds of each of n steps."""
+    device, dtype, _ = train.find_device(cfg)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random"
         path.mkdir()
         np.random.default_rng(0).integers(0, cfg.vocab_size, 10**7, dtype=np.uint16).tofile(path / "train.bin")
         sources = {"random": Source(path, "train", cfg.block_size)}
         (phase,) = train.build_phases([("bench", cfg)], sources, {}, 0)
-        with torch.device(device):
+        with torch.device("meta"):
             model = GPT(train.model_config(cfg, cfg.vocab_size), dtype)
+        train.parallelize(model, cfg)
+        model.to_empty(device=device)
+        model.init_tables()
         for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02)
-        if compiled:
-            for block in model.blocks:  # as train.parallelize does
-                block.forward = torch.compile(block.forward, dynamic=False, backend="inductor" if cuda else "aot_eager")
-        optimizer = train.make_optimizer(model, cfg, device, None)
+            torch.nn.init.normal_(p.to_local() if isinstance(p, DTensor) else p, std=0.02)
+        optimizer = train.make_optimizer(model, cfg, device)
         feeder, sums = train.Feeder(phase, 0, device), torch.zeros(2, 1, dtype=torch.float64, device=device)
         skips = torch.zeros(2, dtype=torch.long, device=device)
-        _, peak = train.describe(device, dtype, compiled)
         number = itertools.count(1)
 
         def take(steps):
-            """Seconds of each step, on the device's clock."""
-            marks = [now(cuda)]
+            marks = [now(device == "cuda")]
             for _ in range(steps):
                 train.train_step(model, optimizer, feeder, phase, next(number), sums, skips)
-                marks.append(now(cuda))
-            return seconds_between(marks, cuda)
+                marks.append(now(device == "cuda"))
+            return seconds_between(marks, device == "cuda")
 
         try:
-            take(3)  # compiles
-            once = median(take(2))
-            take(min(15, int(5 / once)))
-            times = take(max(5, min(steps, int(15 / once))))  # a slow model gets fewer steps, not more time
+            yield take, model, optimizer
         finally:
             feeder.thread.shutdown()
-    rate = cfg.batch / median(times)
-    gigabytes = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
-    return rate, rate * model.flops_per_token() / peak, gigabytes
 
 
 def now(cuda):
@@ -482,11 +498,126 @@ def seconds_between(marks, cuda):
     return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
 
 
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def bench_processes(args, rounds=5, speed=None, memory=None):
+    """What sharding and saving cost: steps in one process, in one through FSDP2, and in as many as there are GPUs.
+
+    On a CPU two processes of one thread. speed, memory: knobs instead of those here, for a rehearsal.
+    """
+    cuda = torch.cuda.is_available()
+    many = torch.cuda.device_count() if cuda else 2
+    worlds = {"one process": 0, "one process, FSDP2": 1} | ({f"{many} processes": many} if many > 1 else {})
+    gpu = {"size": "350M", **PRESETS["350M"], "vocab_size": 50_304, "batch": 65_536 * many, "micro_batch": 8}
+    cpu = {"size": "nano", **PRESETS["nano"], "vocab_size": 8192, "device": "cpu", "dtype": "float32"}
+    yield from step_rows(speed or (gpu if cuda else cpu), worlds, rounds)
+    cpu |= {"size": "124M", **PRESETS["124M"], "vocab_size": 32_064, "batch": 256, "block_size": 64}
+    yield from memory_rows(memory or (gpu if cuda else cpu), worlds)
+
+
+def step_rows(knobs, worlds, rounds):
+    """Tokens/s ("of limit": over one process), and what a checkpoint adds to a step, beside it and before it."""
+    groups = {name: start_group(world, knobs) for name, world in worlds.items()}
+    seconds = {(name, saving): [] for name in groups for saving in ("", "beside", "before")}
+    for i in range(rounds + 1):
+        for (name, saving), rounds_of in seconds.items():
+            answers = ask(groups[name], saving)
+            if i:  # the first round warms up
+                rounds_of.append(max(wall for wall, _, _ in answers))
+            size = sum(n_bytes for _, n_bytes, _ in answers)
+    for group in groups.values():
+        ask(group, None)
+    for name in groups:
+        plain = seconds[name, ""]
+        ratio = median(one / wall for one, wall in zip(seconds[next(iter(groups)), ""], plain, strict=True))
+        yield row(
+            f"{name}, {knobs['size']}",
+            knobs.get("batch", train.Config.batch) / median(plain),
+            "tokens/s",
+            of_limit=ratio,
+        )
+        for saving, what in (("beside", "while training goes on"), ("before", "and training waits")):
+            more = median(wall - one for wall, one in zip(seconds[name, saving], plain, strict=True))
+            yield row(f"{name}: a step with a checkpoint, {size / 1e6:.0f} MB, {what}: more by", 1e3 * more, "ms")
+
+
+def memory_rows(knobs, worlds):
+    """Peak memory of a process over what was there before the model; "of limit": over the arithmetic's."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{k: v for k, v in knobs.items() if k in train.MODEL_KNOBS}))
+    weights, root = model.num_params(), model.wte.weight.numel()
+    for name, world in worlds.items():
+        # fp32 weight, gradient, two moments; sharded, the embedding is whole at the end of the backward pass, three
+        # times: itself, its gradient, and the copy of that which is sent
+        expected = 16 * weights / max(1, world) + (12 * root if world else 0)
+        group = start_group(world, knobs)
+        for _ in range(2):
+            peak = max(n_bytes for _, _, n_bytes in ask(group, ""))
+        ask(group, None)
+        yield row(f"{name}, {knobs['size']}: peak of a process", peak / 1e9, "GB", of_limit=peak / expected)
+
+
+def start_group(world, knobs):
+    """Processes that train together, FSDP2's if world > 0, and do what `ask` says: their pipes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for rank in range(max(1, world)):
+        ours, theirs = multiprocessing.Pipe()
+        context.Process(target=train_in_group, args=(theirs, rank, world, port, knobs), daemon=True).start()
+        pipes.append(ours)
+    return pipes
+
+
+def ask(group, saving):
+    """[(seconds of a step and a checkpoint, the checkpoint's bytes, peak bytes of memory) of each process].
+
+    saving: "beside" the step, "before" it, or "" for none; None ends the group.
+    """
+    for pipe in group:
+        pipe.send(saving)
+    return [pipe.recv() for pipe in group]
+
+
+def train_in_group(pipe, rank, world, port, knobs):
+    if world:
+        os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{world}", LOCAL_RANK=f"{rank}", LOCAL_WORLD_SIZE=f"{world}",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")  # fmt: skip
+    cuda, step = torch.cuda.is_available() and knobs.get("device") != "cpu", itertools.count(1)
+    if not cuda:
+        train.keep_memory()
+    with processes.joined(600):
+        folder = Path(processes.from_first(tempfile.mkdtemp))
+        before = resident()
+        with training(train.Config(**RANDOM, **knobs)) as (take, model, optimizer):
+            saver, tensors = checkpoint.Saver(), train.tensors_of(model, optimizer)
+            while (saving := pipe.recv()) is not None:
+                start = time.perf_counter()
+                if saving:
+                    saver.save(folder, next(step), tensors, {}, 1)
+                if saving == "before":
+                    saver.wait()
+                take(1)
+                saver.wait()
+                seconds = time.perf_counter() - start
+                peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
+                pipe.send((seconds, checkpoint.local_bytes(tensors), peak))
+        processes.from_first(shutil.rmtree, folder)
+    pipe.send(None)
+
+
+def resident(what="VmRSS"):
+    """Bytes of memory that this process has, or with "VmHWM" had at most (Linux)."""
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
+
+
 # ------------------------------------------------------------------------------------------------------------- table
 
 
 # functions of the command line that return rows, or yield them as they are measured
-SECTIONS = {"mix": bench_mix, "tokenizer": bench_tokenizer, "model": bench_model}
+SECTIONS = {"mix": bench_mix, "tokenizer": bench_tokenizer, "model": bench_model, "processes": bench_processes}
 GPU_SECTIONS = {
     "tune": lambda args: kernel_bench.tune(),
     "kernels": lambda args: kernel_bench.bench_kernels(),

@@ -134,7 +134,7 @@ class Saver:
     """Saves in a thread, one checkpoint at a time, while training changes the tensors."""
 
     def __init__(self):
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.thread, self.pending = ThreadPoolExecutor(1, initializer=processes.claim_gpu), None
 
     def save(self, root, step, tensors, state, keep):
         """Like `save`, of the tensors as they are now: at once if memory has room for a copy, else it waits."""
@@ -172,7 +172,7 @@ def free_memory():
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
-        group = Path("/sys/fs/cgroup")
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
         if (limit := group / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
             files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
             free = min(free, int(most) - int((group / "memory.current").read_text()) + int(files))

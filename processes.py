@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -48,14 +49,16 @@ def joined(seconds):
         with contextlib.suppress(OSError, AttributeError):  # Linux: when torchrun is killed, be told to stop
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     timeout = timedelta(seconds=seconds)
-    store, me, many = next(iter(dist.rendezvous("env://")))
-    # torchrun may keep its store over a restart, with the addresses of those who died
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    cuda = torch.cuda.is_available() and local_rank()[0] < torch.cuda.device_count()
-    if cuda:
-        torch.cuda.set_device(local_rank()[0])
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=me, world_size=many, timeout=timeout)
+    try:
+        store, me, many = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store = fresh(store, me, many, seconds)
+    except dist.DistError as error:
+        what = f"process {os.environ['RANK']} has not met the others within {seconds:g} s (--timeout)"
+        raise LostError(f"{what}: {str(error).splitlines()[0]}") from error
+    claim_gpu()
+    # the device waits longer than the host, which knows who hangs
+    backend, patience = ("cpu:gloo,cuda:nccl", timedelta(seconds=60)) if has_gpu() else ("gloo", timedelta())
+    dist.init_process_group(backend, store=store, rank=me, world_size=many, timeout=timeout + patience)
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     try:
         with contextlib.ExitStack() as stack:
@@ -73,6 +76,43 @@ def joined(seconds):
         dist.destroy_process_group()
     finally:
         control = saving = None
+
+
+def has_gpu():
+    """Whether every process of the run on this machine has a GPU of its own."""
+    return torch.cuda.is_available() and local_rank()[1] <= torch.cuda.device_count()
+
+
+def claim_gpu():
+    """Make the process's GPU the current one of this thread; a new thread begins with the machine's first."""
+    if has_gpu():
+        torch.cuda.set_device(local_rank()[0])
+
+
+def fresh(store, me, many, seconds):
+    """The part of torchrun's store that belongs to this start of `many` processes, by a word that they all heard.
+
+    Over a restart the store may keep the addresses of those who died, and after a machine is replaced each torchrun
+    has its own count of restarts. So rank 0 sends its word to whoever asks under a name never used before, and goes on
+    when all of this start have heard it; who asked in an earlier start is answered in vain.
+    """
+    word = uuid.uuid4().hex
+    if me:
+        store.set(f"asks/{me}", word)
+        word = store.get(f"answer/{word}").decode()  # waits
+        store.set(f"heard/{word}/{me}", "")
+        return dist.PrefixStore(word, store)
+    end = time.monotonic() + seconds
+    while missing := [n for n in range(1, many) if not store.check([f"heard/{word}/{n}"])]:
+        if time.monotonic() > end:
+            raise LostError(
+                f"process {', '.join(map(str, missing))} of {many} did not come in {seconds:g} s (--timeout)"
+            )
+        for n in missing:
+            if store.check([f"asks/{n}"]):
+                store.set(f"answer/{store.get(f'asks/{n}').decode()}", word)
+        time.sleep(0.05)
+    return dist.PrefixStore(word, store)
 
 
 class LostError(Exception):

@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -441,6 +443,26 @@ def test_workers_of_a_killed_torchrun_save_and_end(phases, tmp_path):
     agent.wait()
     assert "SIGTERM: stopped and saved" in rest
     assert checkpoint.find(tmp_path / "out/a")
+
+
+def test_processes_of_one_start_meet_in_a_store_that_remembers_others():
+    """As on several machines, where torchrun keeps its store and nothing else says which start it is."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def start(ranks):
+        stores = {n: dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=2)) for n in ranks}
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return [pool.submit(processes.fresh, store, n, 3, 2) for n, store in stores.items()]
+
+    for ranks in [(0, 1), (0, 1, 2), (1, 2), (0, 1, 2)]:  # some died before all were there
+        found = start(ranks)
+        if len(ranks) < 3:
+            assert isinstance(found[0].exception(), (processes.LostError, dist.DistError))
+            continue
+        stores = [one.result() for one in found]
+        assert not stores[0].check(["turn"])
+        stores[0].set("turn", "")
+        assert all(store.check(["turn"]) for store in stores)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving

@@ -5,6 +5,7 @@ implementation, an uninterrupted run.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -1015,12 +1016,21 @@ def test_the_gpu_benchmarks_run_to_the_end(monkeypatch, capsys):
     assert "AUTO = {" in table and table.count("\n| ") == len(rows) + 1
     monkeypatch.setitem(PRESETS, "124M", {"n_layer": 1, "n_head": 2, "n_embd": 32})
     monkeypatch.setitem(bench.GPU_SIZES, "124M", (1.0, 1e12, 0))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     only, shape = SimpleNamespace(size=["124M"]), dict(steps=5, block_size=16, batch=32, vocab_size=96)
     rows = list(bench.bench_train(only, **shape))
     assert len(rows) == 2 * 7 - 1 and all(r["value"] > 0 for r in rows)  # eager auto is all triton
     assert [r["what"] for r in rows if r["target"]] == ["124M, compiled, auto, nan GB"] and not rows[0]["met"]
     monkeypatch.setattr(bench, "measure_steps", lambda *a: 1 / 0)
     assert all("ZeroDivisionError" in r["what"] and not r["met"] for r in bench.bench_train(only, **shape))
+
+
+def test_the_benchmark_of_processes_runs_to_the_end():
+    tiny = {"size": "nano", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch": 64, "vocab_size": 96}
+    tiny |= {"device": "cpu", "dtype": "float32"}
+    rows = list(importlib.import_module("bench").bench_processes(None, rounds=1, speed=tiny, memory=tiny))
+    assert [r["unit"] for r in rows] == 3 * ["tokens/s", "ms", "ms"] + 3 * ["GB"]
+    assert all(r["value"] > 0 for r in rows if r["unit"] == "tokens/s")
 
 
 def test_the_benchmarks_numbers_survive_a_death_and_other_sections(tmp_path, monkeypatch):

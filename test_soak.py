@@ -114,13 +114,12 @@ def soak(command, out, plan, dice):
 
     agent = launch()
     for n, (due, moment, way) in enumerate(plan, 1):
-        while not (struck := strike_when(due, moment, way, agent, out, dice)):
-            said = agent.communicate(timeout=60)[1]  # until its workers have ended too: they hold the pipe
-            assert n > 1 and agent.returncode, said  # else it is at its end, or cannot begin
-            agent = launch()
+        struck = strike_when(due, moment, way, agent, out, dice)
+        assert struck, f"it ended too early: {agent.communicate()[1]}"
         print(f"{n:>3}  step {struck[0]:>4}  {moment:<14}  {way} ({struck[1]})", flush=True)
-    agent.communicate(timeout=300)
-    agent = launch()
+        if agent.poll() is not None:
+            agent.communicate(timeout=120)  # until its workers have ended too: they hold the pipe
+            agent = launch()
     said = agent.communicate(timeout=300)[1]
     assert agent.returncode == 0, said
 
@@ -131,7 +130,8 @@ def check(folder, phases, deaths, seed):
     budget = steps * 512
     trained(phases(out="straight", budget=budget))
     ends = list(itertools.accumulate(round(share * steps) for share in (0.3, 0.5, 0.2)))
-    soak(phases(budget=budget), folder / "out", plan_deaths(deaths, ends, dice), dice)
+    # a worker whose torchrun is killed before it can be told waits for so long
+    soak(phases(budget=budget, timeout=40), folder / "out", plan_deaths(deaths, ends, dice), dice)
     assert losses(folder / "out") == losses(folder / "straight")
     assert not [path for name in PHASES for path in (folder / "out" / name / "checkpoints").glob("*.old")]
 

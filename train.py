@@ -358,7 +358,7 @@ class Feeder:
         mine = phase.rows // world()
         first, end = first_step * phase.rows + rank() * mine, phase.steps * phase.rows
         self.slices = (lo for at in range(first, end, phase.rows) for lo in range(at, at + mine, phase.micro))
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1, initializer=processes.claim_gpu)
         self.future = self.submit()
 
     def submit(self):
