@@ -337,7 +337,7 @@ def our_step(dtype, vocab_size):
     model = GPT(GPTConfig(**SHAPE, vocab_size=vocab_size), dtype)
     init_weights(model, 1)
     cfg, steps = train.Config(lr=6e-3, warmup=20), iter(range(1, 10**9))
-    optimizer = train.make_optimizer(model, cfg, "cpu", None)
+    optimizer = train.make_optimizer(model, cfg, "cpu")
 
     def step(x, y):
         loss, _, _ = model(x, y)

@@ -11,6 +11,7 @@ A checkpoint is written under another name, by a thread beside the training, and
 data: reading it runs none of its code. Knows neither model nor data.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -74,7 +75,8 @@ def save(root, step, tensors, state, keep, group=None):
     try:
         with together(group):
             if first:
-                shutil.rmtree(temporary, ignore_errors=True)
+                for left in Path(root).glob("step-*.tmp"):
+                    shutil.rmtree(left)
                 temporary.mkdir(parents=True)
         with together(group):
             if not temporary.is_dir():
@@ -89,16 +91,18 @@ def save(root, step, tensors, state, keep, group=None):
                 digests |= {name: sha256(temporary / name) for name in (".metadata", "state.json")}
                 write_json(temporary / MARKER, digests)
                 publish(temporary, final)
-                for old in complete(root)[:-keep]:
-                    shutil.rmtree(old)
+                others = [folder for folder in complete(root) if folder != final]
+                for old in others[: len(others) + 1 - keep]:
+                    shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, CheckpointException) as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
-        if not (why := disk_problem(error)):
+        if not (problem := disk_problem(error)):
             raise
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise CheckpointError(
-            f"could not save {final}: {why}; free some space and run the same command again,"
-            " it continues from the last checkpoint"
+            f"could not save {final}: {problem.strerror}; {'free some space and ' if full else ''}run the same command"
+            " again, it continues from the last checkpoint"
         ) from error
     return final
 
@@ -108,6 +112,7 @@ def publish(temporary, final):
     sync(temporary)
     old = final.with_suffix(".old")
     if final.exists():  # the same step again; as .old it still counts
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     temporary.rename(final)
     sync(final.parent)
@@ -125,9 +130,9 @@ class Writer(dcp.FileSystemWriter):
 
 
 def disk_problem(error):
-    """What the operating system said, in whichever process; None if something else went wrong."""
+    """The operating system's error, in whichever process; None if something else went wrong."""
     inner = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    return next((e.strerror for e in inner if isinstance(e, OSError)), None)
+    return next((e for e in inner if isinstance(e, OSError)), None)
 
 
 class Saver:
@@ -139,10 +144,10 @@ class Saver:
     def save(self, root, step, tensors, state, keep):
         """Like `save`, of the tensors as they are now: at once if memory has room for a copy, else it waits."""
         self.wait()
-        copy = tensors if (waits := local_bytes(tensors) > free_memory()) else copied(tensors)
-        self.pending = self.thread.submit(save, root, step, copy, state, keep, processes.saving)
-        if waits:
-            self.wait()
+        if any(gather(local_bytes(tensors) > free_memory())):
+            save(root, step, tensors, state, keep, processes.saving)
+        else:
+            self.pending = self.thread.submit(save, root, step, copied(tensors), state, keep, processes.saving)
 
     def failed(self):
         return bool(self.pending and self.pending.done() and self.pending.exception())
@@ -168,50 +173,59 @@ def local_bytes(tensors):
 
 
 def free_memory():
-    """Bytes that this process may still take: its part of what the machine, or its control group (v2), has left."""
+    """Bytes that this process may still take: its part of what the machine, or its control groups (v2), have left."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
         group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
-        if (limit := group / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
-            files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
-            free = min(free, int(most) - int((group / "memory.current").read_text()) + int(files))
+        for limit in (folder / "memory.max" for folder in (group, *group.parents)):
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                used = int(limit.with_name("memory.current").read_text())
+                kinds = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+                free = min(free, int(most) - used + int(kinds["file"]) - int(kinds["shmem"]))  # cached files may go
     except (OSError, KeyError, ValueError):  # not Linux
         return float("inf")
-    return free // processes.local_rank()[1]
+    return free // processes.local()[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
 def complete(root):
-    """Folders under root whose marker exists, oldest first."""
-    return sorted(marker.parent for marker in Path(root).glob("step-*/" + MARKER) if marker.parent.suffix != ".tmp")
+    """Folders under root whose marker exists, oldest first; what a newer save of the same step replaces, before it."""
+    folders = [marker.parent for marker in Path(root).glob("step-*/" + MARKER) if marker.parent.suffix != ".tmp"]
+    return sorted(folders, key=lambda folder: (folder.stem, not folder.suffix))
 
 
 def damage(folder):
     """Why a complete checkpoint cannot be used, or None: names the first file that is missing or changed."""
     try:
         expected = json.loads((folder / MARKER).read_text())
-        for name in expected:
+        names = list(dict.fromkeys([".metadata", "state.json", *expected]))
+        for name in names:
             if not (folder / name).is_file():
                 return f"{name} is missing"
         with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
-            found = dict(zip(expected, pool.map(sha256, [folder / name for name in expected]), strict=True))
-        for name in expected:
-            if found[name] != expected[name]:
-                return f"{name} is not what was written (sha256 differs)"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+            for name, digest in zip(names, pool.map(sha256, [folder / name for name in names]), strict=True):
+                if digest != expected[name]:
+                    return f"{name} is not what was written (sha256 differs)"
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         return f"{MARKER} is unreadable ({error})"
     return None
 
 
 def latest(root):
-    """Newest undamaged checkpoint under root, or None. Damaged ones are named on stderr and passed over."""
+    """Newest undamaged checkpoint under root, None if there was never one. Damaged ones are named and passed over."""
+    damaged = {}
     for folder in reversed(complete(root)):
         if not (why := damage(folder)):
+            for bad, why in damaged.items():
+                print(f"checkpoint {bad}: {why}; using {folder.name}, the one before", file=sys.stderr)
             return folder
-        print(f"checkpoint {folder}: {why}; using the one before", file=sys.stderr)
+        damaged[folder] = why
+    if damaged:
+        newest, why = next(iter(damaged.items()))
+        raise CheckpointError(f"checkpoint {newest}: {why}, and there is no other; move {root} aside to train anew")
     return None
 
 
@@ -251,10 +265,11 @@ def load(folder, tensors, group=None):
 
     Called by all processes at once, or by one that is alone. Raises CheckpointError.
     """
-    try:
+    with together(group):
         reader = Reader(folder)
+    try:
         dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=not dist.is_initialized())
-    except (CheckpointException, ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+    except (CheckpointException, ValueError, OSError) as error:
         failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
         raise CheckpointError(f"checkpoint {folder}: {next(iter(failures.values()))[0]}") from error
 
@@ -264,11 +279,18 @@ class Reader(dcp.FileSystemReader):
 
     def __init__(self, folder):
         super().__init__(folder)
-        with open(Path(folder) / ".metadata", "rb") as f:
-            self.metadata = PlainUnpickler(f).load()
-        for name, entry in self.metadata.state_dict_metadata.items():
-            if type(entry) is not TensorStorageMetadata:
-                raise CheckpointError(f"{name} is not a tensor")
+        try:
+            with open(Path(folder) / ".metadata", "rb") as f:
+                self.metadata = PlainUnpickler(f).load()
+            if strange := [
+                n for n, e in self.metadata.state_dict_metadata.items() if type(e) is not TensorStorageMetadata
+            ]:
+                raise CheckpointError(f"{strange[0]} is not a tensor")
+            hashed = json.loads((Path(folder) / MARKER).read_text())
+            if strange := {info.relative_path for info in self.metadata.storage_data.values()} - set(hashed):
+                raise CheckpointError(f"{strange.pop()} is not one of its files")
+        except Exception as error:  # a pickle may raise any
+            raise CheckpointError(f"checkpoint {folder}: {error}") from error
 
     def read_metadata(self, *args, **kwargs):
         return self.metadata
@@ -289,7 +311,7 @@ class PlainUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module, name):
-        if (module, name) == ("pathlib", "PosixPath"):  # where it was written, of no use here
+        if name == "PosixPath" and module in ("pathlib", "pathlib._local"):  # where it was written, of no use here
             return PurePosixPath
         if (module, name) not in self.ADMITTED:
             raise CheckpointError(f".metadata asks for {module}.{name}, which no checkpoint needs")

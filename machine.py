@@ -31,7 +31,9 @@ def find_device(cfg):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     elif not (device == "cpu" or getattr(torch, device).is_available()):
         raise ConfigError(f"device = {device}, but torch sees none; try --device=cpu")
-    here = processes.local_rank()[1]
+    if device == "mps" and processes.world() > 1:
+        raise ConfigError("several processes cannot share an Apple GPU; try --device=cpu, or one process")
+    here = processes.local()[1]
     if device == "cuda" and here > torch.cuda.device_count():
         raise ConfigError(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; one each is all")
     if cfg.dtype != "auto":

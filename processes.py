@@ -30,7 +30,7 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_rank():
+def local():
     """Number of this process on its machine, and how many of the run are on it."""
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -39,7 +39,7 @@ def local_rank():
 def joined(seconds):
     """Inside, this process is one of torchrun's, and only rank 0 prints. An answer is waited for so many seconds.
 
-    RuntimeError if a process dies or hangs, with the number of the one that did where that can be known.
+    PeerError if another process dies or hangs.
     """
     global control, saving
     if "WORLD_SIZE" not in os.environ:
@@ -52,14 +52,14 @@ def joined(seconds):
     try:
         store, me, many = next(iter(dist.rendezvous("env://", timeout=timeout)))
         store = fresh(store, me, many, seconds)
-    except dist.DistError as error:
+        claim_gpu()
+        # the device waits longer than the host, which can say who hangs
+        backend, patience = ("cpu:gloo,cuda:nccl", timedelta(seconds=60)) if has_gpu() else ("gloo", timedelta())
+        dist.init_process_group(backend, store=store, rank=me, world_size=many, timeout=timeout + patience)
+        control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    except RuntimeError as error:
         what = f"process {os.environ['RANK']} has not met the others within {seconds:g} s (--timeout)"
-        raise LostError(f"{what}: {str(error).splitlines()[0]}") from error
-    claim_gpu()
-    # the device waits longer than the host, which knows who hangs
-    backend, patience = ("cpu:gloo,cuda:nccl", timedelta(seconds=60)) if has_gpu() else ("gloo", timedelta())
-    dist.init_process_group(backend, store=store, rank=me, world_size=many, timeout=timeout + patience)
-    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        raise PeerError(f"{what}: {str(error).splitlines()[0]}") from error
     try:
         with contextlib.ExitStack() as stack:
             if me:
@@ -68,9 +68,9 @@ def joined(seconds):
                 yield
             except RuntimeError as error:
                 if "Timed out" in str(error):
-                    raise LostError(who_hangs(store, me, many, seconds)) from error
+                    raise PeerError(who_hangs(store, me, many, seconds)) from error
                 if "by peer" in str(error) or "Broken pipe" in str(error):
-                    raise LostError(f"process {me}: another one died, torchrun knows which") from error
+                    raise PeerError(f"process {me}: another one died, torchrun knows which") from error
                 raise
         meet(store, many)
         dist.destroy_process_group()
@@ -80,13 +80,13 @@ def joined(seconds):
 
 def has_gpu():
     """Whether every process of the run on this machine has a GPU of its own."""
-    return torch.cuda.is_available() and local_rank()[1] <= torch.cuda.device_count()
+    return torch.cuda.is_available() and local()[1] <= torch.cuda.device_count()
 
 
 def claim_gpu():
     """Make the process's GPU the current one of this thread; a new thread begins with the machine's first."""
     if has_gpu():
-        torch.cuda.set_device(local_rank()[0])
+        torch.cuda.set_device(local()[0])
 
 
 def fresh(store, me, many, seconds):
@@ -105,7 +105,7 @@ def fresh(store, me, many, seconds):
     end = time.monotonic() + seconds
     while missing := [n for n in range(1, many) if not store.check([f"heard/{word}/{n}"])]:
         if time.monotonic() > end:
-            raise LostError(
+            raise PeerError(
                 f"process {', '.join(map(str, missing))} of {many} did not come in {seconds:g} s (--timeout)"
             )
         for n in missing:
@@ -115,7 +115,7 @@ def fresh(store, me, many, seconds):
     return dist.PrefixStore(word, store)
 
 
-class LostError(Exception):
+class PeerError(Exception):
     """Another process of the run is gone; the message says what is known of it."""
 
 
@@ -158,6 +158,7 @@ def together(group=None):
     except (ValueError, OSError) as error:
         mine = error
     if first := next((error for error in gather(mine, group) if error), None):
+        first.by_all = True  # so that one of them is enough to say it
         raise first
 
 
@@ -177,7 +178,7 @@ class Stop:
     FAILED = 1000  # no signal's number
 
     def __enter__(self):
-        self.number, self.pending = 0, None
+        self.number, self.failed, self.pending = 0, False, None
         self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
         return self
 
@@ -187,14 +188,16 @@ class Stop:
 
     def note(self, number, frame):
         self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self, failed=False):
-        """Why all processes stop now: a signal's name, "failed" if one of them asked with failed=True, or None.
+        """Why all processes stop now: a signal's name, "failed" if one of them ever asked with failed=True, or None.
 
         Every process asks equally often. Many get the answer to what they asked the time before, so that nobody waits.
         """
-        answer = torch.tensor(self.FAILED if failed else self.number)
+        self.failed |= failed
+        answer = torch.tensor(self.FAILED if self.failed else self.number)
         if dist.is_initialized():
             work = dist.all_reduce(answer, dist.ReduceOp.MAX, group=control, async_op=True)
             before, self.pending = self.pending, (answer, work)

@@ -331,7 +331,7 @@ def test_a_damaged_checkpoint_is_named_once_and_the_one_before_is_used(phases, t
             blob[len(blob) // 2] ^= 1
             path.write_bytes(blob if harm == "flip" else blob[:-1])
         said = "".join(trained(phases("a")))
-        assert said.count(f"{newest}: {name} is ") == 1 and said.count("using the one before") == 1
+        assert said.count(f"{newest}: {name} is ") == 1 and said.count("the one before") == 1
         assert losses(tmp_path / "out", "a") == losses(tmp_path / "straight", "a")
         assert checkpoint.damage(newest) is None  # written again
 
@@ -412,7 +412,7 @@ def test_torchrun_brings_a_killed_process_back_and_nothing_is_lost(phases, tmp_p
     killer.write_text(
         "import os, signal, sys\nimport train\nreal = train.train_step\n"
         "def train_step(model, optimizer, feeder, phase, n, *rest):\n"
-        "    if n == 8 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    if n == 13 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(model, optimizer, feeder, phase, n, *rest)\n"
         "train.train_step = train_step\n"
@@ -424,7 +424,7 @@ def test_torchrun_brings_a_killed_process_back_and_nothing_is_lost(phases, tmp_p
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 5 of a" in done.stdout  # the last checkpoint before
+    assert "step 5 of a" in done.stdout or "step 10 of a" in done.stdout  # which may not have been written by then
     assert losses(tmp_path / "out", "a") == losses(tmp_path / "straight", "a")
 
 
@@ -457,7 +457,7 @@ def test_processes_of_one_start_meet_in_a_store_that_remembers_others():
     for ranks in [(0, 1), (0, 1, 2), (1, 2), (0, 1, 2)]:  # some died before all were there
         found = start(ranks)
         if len(ranks) < 3:
-            assert isinstance(found[0].exception(), (processes.LostError, dist.DistError))
+            assert isinstance(found[0].exception(), (processes.PeerError, dist.DistError))
             continue
         stores = [one.result() for one in found]
         assert not stores[0].check(["turn"])
@@ -515,15 +515,39 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(pha
     assert all(at_save[step] == step for step in (5, 10, 15))
 
 
+def test_only_a_second_ctrl_c_interrupts():
+    with train.Stop() as stop:
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.agreed() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_goes_wrong_in_one_process_only_is_said_by_that_one(phases, monkeypatch):
+    def read(self, lo, hi):
+        raise OSError(5, "Input/output error", "train-00000.bin")
+
+    def function(rank):
+        if rank == 1:
+            train.Feeder.read = read
+        return train.main(phases("a"))
+
+    monkeypatch.setattr(train.Feeder, "read", train.Feeder.read)
+    (_, first), (code, second) = fork(2, function)
+    assert code == 2 and "train-00000.bin" in second and "another one died" in first
+
+
 def test_an_answer_is_agreed_one_question_later_and_by_all():
     def function(rank):
         with processes.joined(10), train.Stop() as stop:
             answers = []
-            for turn in range(5):
+            for turn in range(6):
                 if turn == 1 and rank == 1:
                     os.kill(os.getpid(), signal.SIGUSR1)
                 answers.append(stop.agreed(failed=turn == 3 and rank == 0))
-            assert answers == [None, None, "SIGUSR1", "SIGUSR1", "failed"], answers
+            # a failure stays, whoever asks next: a loop inside the loop may get the answer
+            assert answers == [None, None, "SIGUSR1", "SIGUSR1", "failed", "failed"], answers
             with pytest.raises(train.ConfigError, match="only here"), processes.together():
                 if rank == 1:
                     raise train.ConfigError("only here")

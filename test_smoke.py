@@ -5,6 +5,7 @@ implementation, an uninterrupted run.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -603,11 +604,11 @@ def test_a_step_is_adamw_with_clipping_and_crystals_groups_written_out_in_float6
     cfg = train.Config(
         **{k: knobs[k] for k in ("n_embd",)}, batch=32, lr=1e-2, warmup=2, clip=0.01, z_loss=1e-2, beta1=0.8
     )
-    optimizer, twin = train.make_optimizer(model, cfg, "cpu", None), twin.double()
+    optimizer, twin = train.make_optimizer(model, cfg, "cpu"), twin.double()
     twin.dtype = torch.float64
     g = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 32, (2, 4, 9), generator=g)
-    phase = SimpleNamespace(cfg=cfg, rows=4, micro=2, steps=10)
+    phase = SimpleNamespace(cfg=cfg, rows=4, micro=2, micro_steps=2, steps=10)
     feed = iter([(r[:, :-1], r[:, 1:], torch.zeros(2, dtype=torch.long)) for step in rows for r in step.split(2)])
     m, v = ({n: torch.zeros_like(p) for n, p in twin.named_parameters()} for _ in range(2))
     for step in (1, 2):
@@ -691,7 +692,7 @@ def test_too_many_bad_steps_in_a_row_stop_with_their_samples_and_skip_goes_on_wi
 
 def test_a_second_process_on_the_same_folder_is_refused(phases, tmp_path, capsys):
     assert train.main(phases("a", budget=4 * 512, share=1.0)) == 0
-    held = train.Log(tmp_path / "out/a/log.jsonl", 10**9)
+    held = train.Log(SimpleNamespace(folder=tmp_path / "out/a", cfg=train.Config()), 10**9)
     assert train.main(phases("a", budget=8 * 512, share=1.0)) == 2
     assert "another process" in capsys.readouterr().err
     held.file.close()
@@ -840,22 +841,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, phases, t
     assert losses(tmp_path / "out") == straight
 
 
-def test_a_death_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["before the new name", "while the old one is deleted"])
+def test_a_death_while_a_checkpoint_is_replaced_leaves_one_of_the_two(moment, tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, {"model": {"x": torch.ones(1)}}, {"n": 1}, keep=2)
-    rename = Path.rename
+    rename, rmtree = Path.rename, shutil.rmtree
 
-    def dying(path, to):
+    def dying_rename(path, to):
         if path.suffix == ".tmp" and path.is_dir():
             raise KeyboardInterrupt
         return rename(path, to)
 
-    monkeypatch.setattr(Path, "rename", dying)
+    def dying_rmtree(path, **knobs):
+        if Path(path).suffix == ".old" and Path(path).exists():
+            raise KeyboardInterrupt
+        return rmtree(path, **knobs)
+
+    before = moment == "before the new name"
+    monkeypatch.setattr(*((Path, "rename", dying_rename) if before else (shutil, "rmtree", dying_rmtree)))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(1)}}, {"n": 2}, keep=2)
-    assert checkpoint.load_state(checkpoint.latest(tmp_path)) == {"n": 1}
+    assert checkpoint.load_state(checkpoint.latest(tmp_path)) == {"n": 1 if before else 2}
     monkeypatch.undo()
-    checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(1)}}, {"n": 2}, keep=2)
-    assert checkpoint.load_state(checkpoint.latest(tmp_path)) == {"n": 2}
+    checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(1)}}, {"n": 3}, keep=2)
+    assert checkpoint.load_state(checkpoint.latest(tmp_path)) == {"n": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps_and_what_a_death_left(tmp_path):
+    def save(step):
+        return checkpoint.save(tmp_path, step, {"model": {"x": torch.ones(1)}}, {}, keep=2)
+
+    for step in (10, 15):
+        (save(step) / "state.json").unlink()
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step-00000015: state.json is missing, and there is no other"
+    ):
+        checkpoint.latest(tmp_path)
+    (tmp_path / "step-00000007.tmp").mkdir()
+    assert save(5) == checkpoint.latest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000015"]
 
 
 @pytest.mark.parametrize("where", ["metadata", "a value", "a tensor"])
@@ -892,6 +916,22 @@ def test_a_checkpoint_cannot_run_code(where, tmp_path):
         with contextlib.suppress(Exception, dcp.api.CheckpointException):
             dcp.load(x, checkpoint_id=folder, no_dist=True)
         assert (tmp_path / "ran").exists()
+
+
+def test_a_checkpoints_description_is_checked_before_it_is_followed(tmp_path):
+    checkpoint.save(tmp_path / "other", 1, {"model": {"x": torch.ones(3)}}, {}, keep=1)
+    folder = checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(3)}}, {}, keep=1)
+    metadata = checkpoint.Reader(folder).metadata
+    (index, info), *_ = metadata.storage_data.items()
+    outside = dataclasses.replace(info, relative_path="../other/step-00000001/__0_0.distcp")
+    metadata.storage_data[index] = outside
+    for text in (pickle.dumps(metadata), b"", b"nonsense", pickle.dumps(torch.Size([3]))):
+        (folder / ".metadata").write_bytes(text)
+        with pytest.raises(checkpoint.CheckpointError, match="step-00000001"):
+            checkpoint.load(folder, {"model": {"x": torch.zeros(3)}})
+    for text in ("{}", "[]", '""', "3"):
+        (folder / "complete.json").write_text(text)
+        assert checkpoint.damage(folder)
 
 
 def test_keep_keeps_the_newest_checkpoints_and_every_phase_its_end(phases, tmp_path):

@@ -17,8 +17,8 @@ beats the file's, before the file computes with it: --lr_peak scales the rates o
 Names that begin with _ are the file's own.
 """
 
-import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -49,7 +49,7 @@ from kernels import backend
 from machine import describe, find_device, keep_memory, synchronize
 from mix import Mix, MixError, Source, check_identity
 from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
-from processes import LostError, Stop, from_first, gather, rank, together, world
+from processes import PeerError, Stop, from_first, gather, rank, together, world
 from tokenizer import TokenizerError
 
 # ------------------------------------------------------------------------------------------------------------- knobs
@@ -218,6 +218,10 @@ class Phase:
     def folder(self):
         return Path(self.cfg.out) / self.name
 
+    @property
+    def micro_steps(self):  # a step, of one process
+        return self.rows // self.micro // world()
+
 
 def build_phases(named, windows, start, tokens):
     """Configs -> Phases, each with its mix beginning where the one before leaves every source.
@@ -282,7 +286,7 @@ def print_phase(phase):
     warmup = round(cfg.warmup * phase.steps if cfg.warmup < 1 else cfg.warmup)
     lr_end = cfg.lr if cfg.decay == "constant" else cfg.lr_end
     many = f"{world()} processes x " if world() > 1 else ""
-    shape = f"{phase.steps:,} steps of {many}{phase.rows // phase.micro // world()} x {phase.micro} rows"
+    shape = f"{phase.steps:,} steps of {many}{phase.micro_steps} x {phase.micro} rows"
     rate = f"lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}, warmup {warmup:,} steps"
     print(f"{phase.name:<8} {si(tokens)} tokens = {shape}; {rate}")
     first, last = phase.mix.drawn(0), phase.mix.drawn(phase.mix.samples)
@@ -391,6 +395,7 @@ def parallelize(model, cfg):
     averaged over processes in fp32.
     """
     device, dtype, compiled = find_device(cfg)
+    torch._dynamo.config.recompile_limit = 64  # blocks share one count, and every micro-batch's shape needs four
     for block in model.blocks:
         if cfg.recompute:
             block.forward = recomputed(block.forward)
@@ -408,7 +413,7 @@ def parallelize(model, cfg):
 
 def recomputed(forward):
     def wrapper(*args):
-        return recompute(forward, *args, use_reentrant=False)
+        return recompute(forward, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
     return wrapper
 
@@ -420,24 +425,35 @@ def my_shard(whole, p):
     )
 
 
-def make_optimizer(model, cfg, device, state=None):
-    """AdamW with muP's groups and all its state from the start; `state`, an earlier optimizer's, is taken over."""
+def make_optimizer(model, cfg, device):
+    """AdamW with muP's groups, and all its state from the start, so that a checkpoint can be read into it."""
     fused = device in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(
         param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=fused
     )
     for p in model.parameters():
         step = torch.zeros((), device=device if fused else "cpu")
-        new = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = state[p] if state else new
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def set_optimizer(optimizer, model, cfg):
+    """Give it the knobs of the phase that begins, in place: two sets of moments may not fit into memory."""
+    for group, new in zip(optimizer.param_groups, param_groups(model, cfg.weight_decay), strict=True):
+        group |= {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "weight_decay": new["weight_decay"]}
+    if not cfg.carry_optimizer:
+        for moments in optimizer.state.values():
+            for tensor in moments.values():
+                tensor.zero_()
 
 
 def tensors_of(model, optimizer=None):
     """What a checkpoint holds, by parameter name: {"model": {name: weight}, "optimizer": {name: {moment: tensor}}}."""
     weights = dict(model.named_parameters())
-    moments = {"optimizer": {name: dict(optimizer.state)[p] for name, p in weights.items()}} if optimizer else {}
-    return {"model": weights} | moments
+    if not optimizer:
+        return {"model": weights}
+    moments = dict(optimizer.state)  # which, unlike the original, does not invent what is missing
+    return {"model": weights, "optimizer": {name: moments[p] for name, p in weights.items()}}
 
 
 def accumulator(values, device):
@@ -454,27 +470,36 @@ def all_reduce(sums):
 
 
 class Log:
-    """log.jsonl of a phase, of rank 0. Lines beyond `size` bytes belong to steps that a crash took back: cut off."""
+    """log.jsonl of a phase, written by rank 0, and wandb's copy of it. Every line has step, phase and tokens so far.
 
-    def __init__(self, path, size):
-        self.file = None
+    Lines beyond `size` bytes belong to steps that a crash took back: they are cut off.
+    """
+
+    def __init__(self, phase, size):
+        self.phase, self.file, self.wandb = phase, None, None
         if rank():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a+b")
-        with contextlib.suppress(ImportError):  # no fcntl on Windows
-            import fcntl
-
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(f"another process is training in {path.parent}; wait, or use --out") from None
+        phase.folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(phase.folder / "log.jsonl", "a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is training in {phase.folder}; wait, or use --out") from None
         self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
+        if phase.cfg.wandb:
+            self.wandb = importlib.import_module("wandb").init(project=phase.cfg.wandb, name=phase.name)
 
-    def write(self, record):
+    def write(self, step, values):
         if self.file:
-            self.file.write(json.dumps(record).encode() + b"\n")
-            self.file.flush()
+            tokens = self.phase.first_token + step * self.phase.cfg.batch
+            record = {"step": step, "phase": self.phase.name, "tokens": tokens} | values
+            try:
+                self.file.write(json.dumps(record).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.file.name) from None
+            if self.wandb and "event" not in values:
+                self.wandb.log(record, step=tokens)
 
     def size(self):
         """Bytes so far, on the disk; 0 in other processes."""
@@ -486,6 +511,8 @@ class Log:
     def close(self):
         if self.file:
             self.file.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 @torch.no_grad()
@@ -563,9 +590,9 @@ def check_lineage(roots, folder):
             )
 
 
-def check_checkpoint(folder, state, model, meta, sources, phase, inside):
+def check_start(start, model, meta, sources, phase):
     """Refuse weights of another shape or for other ids, positions in other data and, inside a phase, another order."""
-    now = dataclasses.asdict(model.config)
+    folder, state, now = start.folder, start.state, dataclasses.asdict(model.config)
     for knob, value in state["model"].items():
         if now[knob] != value:
             raise CheckpointError(
@@ -581,7 +608,7 @@ def check_checkpoint(folder, state, model, meta, sources, phase, inside):
     for name, was in state["mix"]["sources"].items():
         if name in sources and sources[name].sha256 != was["sha256"]:
             raise MixError(f"{sources[name].name} is not the {name} that {folder} was trained on; give it another name")
-    if inside:
+    if start.inside:
         check_identity(state["mix"], phase.mix.identity(), state["sample"])
         if state["sample"] != state["step"] * phase.rows:
             batch = state["config"]["batch"]
@@ -589,15 +616,24 @@ def check_checkpoint(folder, state, model, meta, sources, phase, inside):
 
 
 def rehearse(model, phase, device):
-    """Tokens a second, of all processes, of a micro-batch forward and backward: compiles, finds a lack of memory."""
+    """Tokens a second, of all processes, forward and backward: compiles, and finds out if memory is too small."""
     rows = torch.from_numpy(phase.mix.batch(0, phase.micro)[0]).long().to(device)
-    for _ in range(2):  # the first one compiles and allocates
+    for last in (phase.micro_steps == 1, True):  # the first one compiles; its gradients stay if they will in training
+        end_of_batch(model, phase.cfg, last)
         synchronize(device)
         start = time.perf_counter()
         model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), phase.cfg.z_loss, phase.cfg.batch)[0].backward()
-        model.zero_grad(set_to_none=True)
+        if last:
+            model.zero_grad(set_to_none=True)
         synchronize(device)
     return world() * rows[:, 1:].numel() / (time.perf_counter() - start)
+
+
+def end_of_batch(model, cfg, last):
+    """Say whether the next backward pass is its batch's last: only that averages gradients over the processes."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or cfg.reshard_after_forward)
 
 
 def train_step(model, optimizer, feeder, phase, step, sums, skips):
@@ -607,11 +643,10 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     counts such steps since the last log line and in a row. Apart from what FSDP does, the processes exchange one vector
     of 2 K + 1 sums. Nothing here waits for the device.
     """
-    cfg, step_sums, micro_steps = phase.cfg, torch.zeros_like(sums), phase.rows // phase.micro // world()
-    for n in range(micro_steps):
+    cfg, step_sums = phase.cfg, torch.zeros_like(sums)
+    for n in range(1, phase.micro_steps + 1):
         tokens, targets, source = feeder()
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(n + 1 == micro_steps)
+        end_of_batch(model, cfg, n == phase.micro_steps)
         # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over this process's part of the batch,
         # and the mean of those over processes, which FSDP takes, that over the batch
         loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch // world())
@@ -623,7 +658,8 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     shared = torch.cat((step_sums.flatten(), norms.square().sum()[None]))
     all_reduce(shared)
     step_sums, norm = shared[:-1].view_as(sums), shared[-1].sqrt().float()
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip or math.inf, norm)
+    if cfg.clip:
+        torch._foreach_mul_(grads, (cfg.clip / (norm + 1e-6)).clamp(max=1.0))
     lr = lr_at(step, phase.steps, cfg)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -639,21 +675,39 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     return lr, norm
 
 
-def log_line(phase, step, loss, tokens, lr, norm, speed, peak, flops_per_token):
-    """(record for the log, line for the terminal). loss, tokens: sums by source since the last one; speed: tokens/s."""
-    names, mfu, n = phase.mix.names, speed * flops_per_token / peak, sum(tokens)
-    by_source = {name: x / n for name, x, n in zip(names, loss, tokens, strict=True) if n}
+def log_evaluation(log, phase, step, values):
+    log.write(step, {"val": values})
+    each = "   ".join(
+        f"{name} {v['loss']:.4f}" + (f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "") for name, v in values.items()
+    )
+    tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {each}")
+
+
+def log_training(log, phase, step, sums, skips, lr, norm, speed, mfu):
+    """Write what was summed up since the last line, and begin new sums. Waits for the device. speed: tokens/s.
+
+    Returns how many updates in a row have been left out.
+    """
+    (skipped, in_a_row), (loss, tokens), norm = skips.tolist(), sums.tolist(), norm.item()
+    names, n = phase.mix.names, sum(tokens)
+    by_source = {name: x / m for name, x, m in zip(names, loss, tokens, strict=True) if m}
     mean = sum(loss) / n if n else None  # of updates that were made
-    values = {
+    log.write(step, {
         "loss": mean, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tok_per_s": round(speed),
         "mfu": round(mfu, 4), "loss_by_source": by_source, "epochs": phase.mix.epochs(step * phase.rows),
-    }  # fmt: skip
+    })  # fmt: skip
     each = "  ".join(f"{name} {f'{by_source[name]:.3f}' if name in by_source else '-':>6}" for name in names)
     left = clock((phase.steps - step) * phase.cfg.batch / speed)
-    return values, (
+    tqdm.write(
         f"{phase.name} {step:>7,}/{phase.steps:,}  loss {f'{mean:6.3f}' if n else '     -'}  {each}  lr {lr:.2e}"
         f"  norm {norm:6.2f}  {round(speed):>9,} tok/s  MFU {mfu:5.1%}  {left} left"
     )
+    if skipped:
+        log.write(step, {"event": "skipped_step", "steps": skipped, "in_a_row": in_a_row})
+        tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  updates left out, not finite: {skipped}")
+    sums.zero_()
+    skips[0] = 0
+    return in_a_row
 
 
 class LossError(Exception):
@@ -677,6 +731,7 @@ class Run:
     """What stays the same through the phases of a run."""
 
     model: GPT
+    optimizer: torch.optim.Optimizer
     device: str
     peak: float  # FLOP/s of all processes
     sets: dict  # held-out windows by source
@@ -685,100 +740,72 @@ class Run:
     saver: checkpoint.Saver
 
 
-def train_phase(run, phase, optimizer, state, parent):
+def train_phase(run, phase, state, parent):
     """The loop of one phase, from `state` (a checkpoint's of this phase, or None). False if it was told to stop.
 
     parent: checkpoint.weights_sha256 of what the phase began with, None if it began with an initialisation.
     """
     cfg, mix, model, saver = phase.cfg, phase.mix, run.model, run.saver
-    step = state["step"] if state else 0
-    evaluated, saved = (state["evaluated"], step) if state else (-1, -1)
-    # loss and tokens by source since the last log line, of all processes, on the device
+    saved = (state["step"], state["evaluated"]) if state else None
+    step, evaluated = saved or (0, -1)
+    # loss and tokens by source since the last log line, of all processes; updates left out since then, and in a row
     sums = accumulator(state["sums"] if state else [[0.0] * len(mix.names)] * 2, run.device)
-    skips = torch.tensor(state.get("skips", [0, 0]) if state else [0, 0], device=run.device)
+    skips = torch.tensor(state["skips"] if state else [0, 0], device=run.device)
     with together():
-        log = Log(phase.folder / "log.jsonl", state["log_bytes"] if state else 0)
+        log = Log(phase, state["log_bytes"] if state else 0)
         if rank() == 0:
             checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
     if state:
-        log.write({"event": "resume", "step": step, "phase": phase.name, "tokens": state["tokens"]})
+        log.write(step, {"event": "resume"})
     feeder = Feeder(phase, step, run.device)
-    with_wandb = cfg.wandb and rank() == 0
-    wandb = importlib.import_module("wandb").init(project=cfg.wandb, name=phase.name) if with_wandb else None
+    bar = tqdm(total=phase.steps, initial=step, desc=phase.name, unit="step", disable=rank() > 0 or None, leave=False)
 
-    def where():
-        return {"step": step, "phase": phase.name, "tokens": phase.first_token + step * cfg.batch}
-
-    def record(values):
-        log.write(where() | values)
-        if wandb:
-            wandb.log(where() | values, step=where()["tokens"])
+    def due(every):
+        return every and step and step % every == 0
 
     def save():
-        state = where() | {
+        state = {
+            "step": step, "phase": phase.name, "tokens": phase.first_token + step * cfg.batch,
             "sample": step * phase.rows, "start": mix.start, "first_token": phase.first_token, "evaluated": evaluated,
             "parent": parent, "sums": sums.tolist(), "skips": skips.tolist(), "log_bytes": log.size(),
             "drawn": mix.drawn(step * phase.rows), "mix": mix.identity(), "model": dataclasses.asdict(model.config),
             "tokenizer": run.tokenizer, "config": dataclasses.asdict(cfg), "torch": torch.__version__,
         }  # fmt: skip
-        saver.save(phase.folder / "checkpoints", step, tensors_of(model, optimizer), state, cfg.keep)
+        saver.save(phase.folder / "checkpoints", step, tensors_of(model, run.optimizer), state, cfg.keep)
 
-    bar = tqdm(total=phase.steps, initial=step, desc=phase.name, unit="step", disable=rank() > 0 or None, leave=False)
-    since, timed = time.perf_counter(), 0  # of the running log line: start, and steps timed
-    while not (why := run.stop.agreed(saver.failed())):
-        if evaluated != step and (step in (0, phase.steps) or (cfg.eval_every and step % cfg.eval_every == 0)):
+    since, done = (time.perf_counter(), step), False  # where the log line under way began
+    while (why := run.stop.agreed(saver.failed())) != "failed":
+        if not why and evaluated != step and (step in (0, phase.steps) or due(cfg.eval_every)):
             if (values := evaluate(model, run.sets, phase.micro, run.device, run.stop)) is None:
                 continue  # and hear why
-            record({"val": values})
-            tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {format_val(values)}")
-            evaluated, since, timed = step, time.perf_counter(), 0
-            if step == phase.steps:
-                saved = -1  # the last checkpoint knows that nothing is left to do
-        if saved != step and (step == phase.steps or (step and step % cfg.save_every == 0)):
+            log_evaluation(log, phase, step, values)
+            evaluated, since = step, (time.perf_counter(), step)
+        done = step == phase.steps == evaluated
+        if why and not done:
+            log.write(step, {"event": "signal", "signal": why})
+        if saved != (step, evaluated) and (why or done or due(cfg.save_every)):
             save()
-            saved, since, timed = step, time.perf_counter(), 0
-        if step == phase.steps:
+            saved, since = (step, evaluated), (time.perf_counter(), step)
+        if why or done:
             break
         step += 1
-        lr, norm = train_step(model, optimizer, feeder, phase, step, sums, skips)
-        timed += 1
+        lr, norm = train_step(model, run.optimizer, feeder, phase, step, sums, skips)
         bar.update()
-        if step % cfg.log_every == 0 or step in (1, phase.steps):
-            (skipped, in_a_row), (loss, tokens) = skips.tolist(), sums.tolist()  # waits for the device
-            speed = timed * cfg.batch / (time.perf_counter() - since)
-            flops = model.flops_per_token()
-            values, line = log_line(phase, step, loss, tokens, lr, norm.item(), speed, run.peak, flops)
-            record(values)
-            tqdm.write(line)
-            if skipped:
-                record({"event": "skipped_step", "steps": skipped, "in_a_row": in_a_row})
-                tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  updates left out, not finite: {skipped}")
+        if step in (1, phase.steps) or due(cfg.log_every):
+            speed = (step - since[1]) * cfg.batch / (time.perf_counter() - since[0])
+            mfu = speed * model.flops_per_token() / run.peak
+            in_a_row = log_training(log, phase, step, sums, skips, lr, norm, speed, mfu)
             if in_a_row > cfg.max_skips:
                 saver.wait()
                 give_up(phase, step, in_a_row)
-            sums.zero_()
-            skips[0] = 0
-            since, timed = time.perf_counter(), 0
+            since = time.perf_counter(), step
     bar.close()
     feeder.thread.shutdown()
-    if wandb:
-        wandb.finish()
-    done = step == phase.steps and evaluated == step
-    if not done and why != "failed":  # a failed save raises in wait()
-        log.write(where() | {"event": "signal", "signal": why})
-        if saved != step:
-            save()
-    saver.wait()
+    saver.wait()  # raises if the last save failed
     log.close()
     if not done:
         print(f"{why}: stopped and saved at step {step:,} of {phase.name}; the same command continues")
     return done
-
-
-def format_val(values):
-    return "   ".join(
-        f"{name} {v['loss']:.4f}" + (f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "") for name, v in values.items()
-    )
 
 
 def report(phase):
@@ -800,11 +827,46 @@ def show_changes(saved, cfg):
         print(f"changed  since the checkpoint: {', '.join(changed)}")
 
 
+@dataclass
+class Start:
+    """What a run begins from: an initialisation, or a checkpoint."""
+
+    index: int = 0  # of the phase that the checkpoint is of, or that begins with it
+    folder: Path | None = None
+    state: dict | None = None
+    inside: bool = False  # the checkpoint is of the phase, not of one before
+    done: bool = False  # and nothing is left to do in it
+
+    @property
+    def resumed(self):
+        """State of the phase to go on with, None if one begins."""
+        return self.state if self.inside and not self.done else None
+
+    @property
+    def position(self):
+        """(windows drawn of every source, tokens trained) when phase `index` began."""
+        if not self.state:
+            return {}, 0
+        return tuple(self.state[name] for name in (("start", "first_token") if self.inside else ("drawn", "tokens")))
+
+    @property
+    def parent(self):
+        """checkpoint.weights_sha256 of what the phase to train began or begins with, None for an initialisation."""
+        if self.resumed:
+            return self.state["parent"]
+        return checkpoint.weights_sha256(self.folder) if self.folder else None
+
+
 def find_start(named, fresh):
-    """(index of the phase to go on with, checkpoint to begin it with or None, whether that is one of this phase)."""
     index, folder = (0, None) if fresh else find_progress(named)
-    init_from = named[0][1].init_from
-    return index, folder or (checkpoint.find(init_from) if init_from else None), folder is not None
+    if folder:
+        state = checkpoint.load_state(folder)
+        done = state["step"] == state["evaluated"] == phase_steps(*named[index])[0]
+        return Start(index, folder, state, True, done)
+    if init_from := named[0][1].init_from:
+        folder = checkpoint.find(init_from)
+        return Start(0, folder, checkpoint.load_state(folder))
+    return Start()
 
 
 def check_same(facts):
@@ -826,91 +888,90 @@ def check_same(facts):
 
 def train(named, fresh, stop):
     """Run the phases from wherever they stopped. named: [(name, Config), ...]. False if `stop` ended it early."""
-    cfg = named[0][1]
+    cfg, names = named[0][1], sorted({name for _, c in named for name in c.mix})
     with together():
-        device, dtype, compiled = find_device(cfg)
-        if cfg.wandb and not importlib.util.find_spec("wandb"):
-            raise ConfigError(f"wandb = {cfg.wandb!r} needs the wandb package: pip install wandb")
-        try:
-            running = backend.choose(cfg.kernels, device, compiled)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    if device == "cpu":
-        keep_memory()
-    torch.set_float32_matmul_precision("high")
-
-    names = sorted({name for _, c in named for name in c.mix})
+        device, dtype, compiled, kernels = set_up(cfg)
     from_first(prepare_corpus, cfg, names)
-    index, before, inside = from_first(find_start, named, fresh)
+    start = from_first(find_start, named, fresh)
     with together():
-        state = checkpoint.load_state(before) if before else None
         sources = open_sources(cfg, names)
         meta, encoding = the_tokenizer(sources)
         with torch.device("meta"):
             model = GPT(model_config(cfg, count_ids(cfg, meta, sources)), dtype)
-        if inside:  # the phase began where its own checkpoint says
-            start, tokens = state["start"], state["first_token"]
-        else:
-            start, tokens = (state["drawn"], state["tokens"]) if before else ({}, 0)
-        phases = build_phases(named[index:], sources, start, tokens)
-        if before:
-            check_checkpoint(before, state, model, meta, sources, phases[0], inside)
-        parent = checkpoint.weights_sha256(before) if before else None
+        phases = build_phases(named[start.index :], sources, *start.position)
+        if start.folder:
+            check_start(start, model, meta, sources, phases[0])
         sets = held_out(cfg, sources, encoding)
+        parent = start.parent
     check_same({
         **{name: dataclasses.asdict(c) for name, c in named}, "torch": torch.__version__, "arithmetic": str(dtype),
         "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": parent,
         "held out": {name: hashlib.sha256(rows).hexdigest() for name, (rows, _) in sets.items()},
     })  # fmt: skip
-
-    machine, peak = describe(device, dtype, compiled)
-    print_plan(phases, model, f"{machine}\nkernels  {running}")
-    if device == "cuda" and model.config.n_inner % 8:
-        print(f"slow     n_inner = {model.config.n_inner:,} is not a multiple of 8, so rows of the MLP are not aligned")
-    if backend.using["norm"] == "triton" and model.config.n_embd > 8192:
-        print(f"slow     n_embd = {model.config.n_embd:,} is above 8,192, so norms run in torch")
-    for name, _ in named[:index]:
-        print(f"{name:<8} done")
-    if before:
-        print(f"from     {before}, step {state['step']:,} of {state['phase']}")
-    if inside:
-        show_changes(state["config"], phases[0].cfg)
-        if state["step"] == phases[0].steps == state["evaluated"]:
-            print(f"{phases[0].name:<8} done")
-            phases, inside = phases[1:], False
-        else:
-            parent = state["parent"]
+    phases = phases[start.done :]
     if not phases:
         print(f"finished: nothing is left to do in {cfg.out}/; a larger --budget trains on, --fresh starts over")
         return True
 
+    machine, peak = describe(device, dtype, compiled)
+    print_plan(phases, model, f"{machine}\nkernels  {kernels}")
+    if device == "cuda" and model.config.n_inner % 8:
+        print(f"slow     n_inner = {model.config.n_inner:,} is not a multiple of 8, so rows of the MLP are not aligned")
+    if backend.using["norm"] == "triton" and model.config.n_embd > 8192:
+        print(f"slow     n_embd = {model.config.n_embd:,} is above 8,192, so norms run in torch")
+    print_start(start, named)
+
+    first = phases[0]
     parallelize(model, cfg)
     model.to_empty(device=device)
-    if before:
+    optimizer = make_optimizer(model, first.cfg, device)
+    if start.folder:
         model.init_tables()
-        checkpoint.load(before, tensors_of(model), processes.control)
+        with_moments = start.resumed or first.cfg.carry_optimizer
+        checkpoint.load(start.folder, tensors_of(model, optimizer if with_moments else None), processes.control)
     else:
         init_weights(model, cfg.seed, my_shard)
-    from_first(make_room, named if fresh else [], phases[0].folder)
-    speed = rehearse(model, phases[0], device)
-    left = sum(p.steps * p.cfg.batch for p in phases) - (state["tokens"] - phases[0].first_token if inside else 0)
+    from_first(make_room, named if fresh else [], first.folder)
+    speed = rehearse(model, first, device)
+    left = (
+        first.first_token + sum(p.steps * p.cfg.batch for p in phases) - (start.state["tokens"] if start.state else 0)
+    )
     print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
 
-    run = Run(model, device, peak, sets, meta, stop, checkpoint.Saver())
-    optimizer = None
+    run = Run(model, optimizer, device, peak, sets, meta, stop, checkpoint.Saver())
     for phase in phases:
-        carried = optimizer.state if optimizer and phase.cfg.carry_optimizer else None
-        saved = before if inside or (before and not optimizer and phase.cfg.carry_optimizer) else None
-        optimizer = make_optimizer(model, phase.cfg, device, carried)
-        if saved:
-            checkpoint.load(saved, {"optimizer": tensors_of(model, optimizer)["optimizer"]}, processes.control)
-        if not train_phase(run, phase, optimizer, state if inside else None, parent):
+        if phase is not first:
+            set_optimizer(optimizer, model, phase.cfg)
+        if not train_phase(run, phase, start.resumed if phase is first else None, parent):
             return False
-        inside, parent = False, from_first(end_phase, phase)
-    last = phases[-1].folder
-    print(f"\nnext     python sample.py {last} --prompt 'def '     python plot.py {cfg.out}")
-    print(f"         python train.py <another phase>.py --init_from={last}")
+        parent = from_first(end_phase, phase)
+    print(f"\nnext     python sample.py {phase.folder} --prompt 'def '     python plot.py {cfg.out}")
+    print(f"         python train.py <another phase>.py --init_from={phase.folder}")
     return True
+
+
+def set_up(cfg):
+    """(device, dtype, compile?, what the kernels are) that the knobs ask for; ConfigError if they are not there."""
+    device, dtype, compiled = find_device(cfg)
+    if cfg.wandb and not importlib.util.find_spec("wandb"):
+        raise ConfigError(f"wandb = {cfg.wandb!r} needs the wandb package: pip install wandb")
+    try:
+        kernels = backend.choose(cfg.kernels, device, compiled)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if device == "cpu":
+        keep_memory()
+    torch.set_float32_matmul_precision("high")
+    return device, dtype, compiled, kernels
+
+
+def print_start(start, named):
+    for name, _ in named[: start.index + start.done]:
+        print(f"{name:<8} done")
+    if start.folder:
+        print(f"from     {start.folder}, step {start.state['step']:,} of {start.state['phase']}")
+    if start.resumed:
+        show_changes(start.state["config"], named[start.index][1])
 
 
 def count_ids(cfg, meta, sources):
@@ -968,13 +1029,11 @@ def run_command(named, flags, refused, stop):
             check_phases(named)
         if "plan" in flags:
             show_plan(named)
-        else:
-            again = (
-                int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-            )  # torchrun, after a death: --fresh was done
+        else:  # a start by torchrun after a death, which not all machines need to have seen, is not a new run
+            again = any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
             train(named, "fresh" in flags and not again, stop)
     except (ConfigError, MixError, CheckpointError, TokenizerError, OSError, LossError) as error:
-        if rank() == 0:
+        if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
             print(f"train.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, LossError) else 2
     return 0
@@ -992,7 +1051,7 @@ def main(argv):
     try:
         with Stop() as stop, processes.joined(named[0][1].timeout if named else Config.timeout):
             return run_command(named, flags, refused, stop)
-    except LostError as error:
+    except PeerError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
