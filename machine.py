@@ -16,11 +16,12 @@ PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100":
         "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10": 125e12}  # fmt: skip
 
 
-def keep_memory():
-    """Have glibc keep freed memory: it hands large blocks back, and the system clears their pages for the next step."""
+def keep_memory(largest=1 << 30):
+    """Have glibc keep freed memory, blocks up to `largest` bytes: it hands large ones back, and the system clears their
+    pages for the next step."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc here
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
