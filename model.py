@@ -17,6 +17,7 @@ What is unusual in it, for someone who knows GPT-2 or Llama:
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -262,10 +263,9 @@ def kind(name):
     )
 
 
-@torch.no_grad()
-def init_weights(model, seed, part=lambda whole, p: whole):
+def init_weights(model, seed, part=lambda whole, p: whole, threads=1):
     """Fill every parameter in place; works after `to_empty` from the meta device as well. part: what of a whole tensor
-    parameter p holds, if this process has only a shard of it.
+    parameter p holds, if this process has only a shard of it. threads: tensors drawn at a time.
 
     | parameter                       | muP                                | standard (mup_base = 0) |
     |---------------------------------|------------------------------------|-------------------------|
@@ -279,10 +279,13 @@ def init_weights(model, seed, part=lambda whole, p: whole):
     """
     c = model.config
     sigma = SIGMA if c.mup_base else 0.02
-    for name, p in model.named_parameters():
+
+    @torch.no_grad()  # holds in one thread only
+    def fill(named):
+        name, p = named
         if kind(name) == "other":
             p.fill_(1.0 if name.endswith("weight") else 0.0)
-            continue
+            return
         std = sigma if kind(name) == "embedding" else sigma * c.width_ratio**0.5
         if name.endswith("_out.weight"):
             std /= (2 * c.n_layer) ** 0.5
@@ -290,6 +293,9 @@ def init_weights(model, seed, part=lambda whole, p: whole):
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
         whole = nn.init.trunc_normal_(torch.empty(p.shape), 0.0, std, -2 * std, 2 * std, generator=generator)
         p.copy_(part(whole, p))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, model.named_parameters()))  # raises what one of them raised
     model.init_tables()
 
 

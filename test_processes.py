@@ -203,7 +203,7 @@ def test_every_shard_is_born_with_the_values_of_one_process_and_holds_its_part(t
                 model = GPT(GPTConfig(**knobs))
             train.parallelize(model, train.Config(device="cpu", dtype="float32"))
             model.to_empty(device="cpu")
-            init_weights(model, 3, train.my_shard)
+            init_weights(model, 3, train.my_shard, threads=4)
             optimizer = train.make_optimizer(model, train.Config(), "cpu")
             for p, q in zip(model.parameters(), whole.parameters(), strict=True):
                 assert torch.equal(p.full_tensor(), q)

@@ -395,7 +395,8 @@ def parallelize(model, cfg):
     averaged over processes in fp32.
     """
     device, dtype, compiled = find_device(cfg)
-    torch._dynamo.config.recompile_limit = 64  # blocks share one count, and every micro-batch's shape needs four
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # blocks share one count, and every micro-batch's shape needs four
     for block in model.blocks:
         if cfg.recompute:
             block.forward = recomputed(block.forward)
@@ -930,7 +931,7 @@ def train(named, fresh, stop):
         with_moments = start.resumed or first.cfg.carry_optimizer
         checkpoint.load(start.folder, tensors_of(model, optimizer if with_moments else None), processes.control)
     else:
-        init_weights(model, cfg.seed, my_shard)
+        init_weights(model, cfg.seed, my_shard, min(8, os.cpu_count() // processes.local()[1] or 1))
     from_first(make_room, named if fresh else [], first.folder)
     speed = rehearse(model, first, device)
     left = (
