@@ -84,9 +84,9 @@ def has_gpu():
 
 
 def claim_gpu():
-    """Make the process's GPU the current one of this thread; a new thread begins with the machine's first."""
-    if has_gpu():
-        torch.cuda.set_device(local()[0])
+    """Make the process's GPU the current one of this thread; every thread begins with the machine's first."""
+    if (number := local()[0]) and has_gpu():
+        torch.cuda.set_device(number)
 
 
 def fresh(store, me, many, seconds):
