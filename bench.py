@@ -536,9 +536,9 @@ def step_rows(knobs, worlds, rounds):
         yield row(f"{name}, {knobs['size']}", batch / median(wall for wall, *_ in plain), "tokens/s", of_limit=ratio)
         still = median(stood for _, stood, *_ in beside)
         yield row(f"{name}: training stands still for a checkpoint, {size / 1e6:.0f} MB", 1e3 * still, "ms")
-        for more, what in ((beside, "with a checkpoint beside it"), (before, "after it has waited for one")):
+        for more, what in ((beside, "and the checkpoint written beside it"), (before, "after it has waited for one")):
             ratio = median_of(zip(more, plain, strict=True))
-            yield row(f"{name}: a step {what} over one without", ratio, "x")
+            yield row(f"{name}: a step {what}, over a step", ratio, "x")
 
 
 def memory_rows(knobs, worlds):

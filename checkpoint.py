@@ -11,6 +11,7 @@ A checkpoint is written under another name, by a thread beside the training, and
 data: reading it runs none of its code. Knows neither model nor data.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -65,7 +66,7 @@ def write_json(path, value):
 
 
 def save(root, step, tensors, state, keep, group=None):
-    """Write root/step-XXXXXXXX and delete all but the newest `keep` complete ones; called by all processes at once.
+    """Write root/step-XXXXXXXX and keep the newest `keep` - 1 others; called by all processes at once.
 
     tensors: nested dicts of tensors and DTensors. state: JSON-able dict, rank 0's is written. group: of processes. If
     anything goes wrong, what was there before is still there, and all processes raise CheckpointError, which says why.
@@ -92,14 +93,14 @@ def save(root, step, tensors, state, keep, group=None):
                 write_json(temporary / MARKER, digests)
                 publish(temporary, final)
                 others = [folder for folder in complete(root) if folder != final]
-                for old in others[: len(others) + 1 - keep]:
+                for old in others[: max(0, len(others) + 1 - keep)]:
                     shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointError, CheckpointException) as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         if not (problem := disk_problem(error)):
             raise
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CheckpointError(
             f"could not save {final}: {problem.strerror}; {'free some space and ' if full else ''}run the same command"
             " again, it continues from the last checkpoint"
@@ -176,15 +177,16 @@ def free_memory():
     """Bytes that this process may still take: its part of what the machine, or its control groups (v2), have left."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+    except OSError:  # not Linux
+        return float("inf")
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition("0::/")[2]
         for limit in (folder / "memory.max" for folder in (group, *group.parents)):
             if limit.exists() and (most := limit.read_text().strip()) != "max":
                 used = int(limit.with_name("memory.current").read_text())
                 kinds = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
                 free = min(free, int(most) - used + int(kinds["file"]) - int(kinds["shmem"]))  # cached files may go
-    except (OSError, KeyError, ValueError):  # not Linux
-        return float("inf")
     return free // processes.local()[1]
 
 
@@ -203,13 +205,15 @@ def damage(folder):
         expected = json.loads((folder / MARKER).read_text())
         names = list(dict.fromkeys([".metadata", "state.json", *expected]))
         for name in names:
+            if name not in expected:
+                return f"{MARKER} does not list {name}"
             if not (folder / name).is_file():
                 return f"{name} is missing"
         with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
             for name, digest in zip(names, pool.map(sha256, [folder / name for name in names]), strict=True):
                 if digest != expected[name]:
                     return f"{name} is not what was written (sha256 differs)"
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return f"{MARKER} is unreadable ({error})"
     return None
 
@@ -225,7 +229,7 @@ def latest(root):
         damaged[folder] = why
     if damaged:
         newest, why = next(iter(damaged.items()))
-        raise CheckpointError(f"checkpoint {newest}: {why}, and there is no other; move {root} aside to train anew")
+        raise CheckpointError(f"checkpoint {newest}: {why}, and there is no other good one")
     return None
 
 

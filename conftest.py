@@ -57,7 +57,7 @@ def write_phases(folder, data):
     )
     for i, name in enumerate(PHASES):
         mix = {"text": 0.9 - 0.4 * i, "code": 0.1 + 0.4 * i}
-        extra = "carry_optimizer = True\nlog_every = 3\n" if name == "c" else ""
+        extra = {"b": "beta1, weight_decay = 0.8, 0.2\n", "c": "carry_optimizer = True\nlog_every = 3\n"}.get(name, "")
         (folder / f"{name}.py").write_text(f"{common}{extra}mix = {mix}\nshare = {[0.3, 0.5, 0.2][i]}\nlr_end = 1e-3\n")
 
     def command(*names, out="out", **knobs):

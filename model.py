@@ -280,7 +280,7 @@ def init_weights(model, seed, part=lambda whole, p: whole, threads=1):
     c = model.config
     sigma = SIGMA if c.mup_base else 0.02
 
-    @torch.no_grad()  # holds in one thread only
+    @torch.no_grad()  # inside, because every thread has its own mode
     def fill(named):
         name, p = named
         if kind(name) == "other":

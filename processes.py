@@ -39,7 +39,7 @@ def local():
 def joined(seconds):
     """Inside, this process is one of torchrun's, and only rank 0 prints. An answer is waited for so many seconds.
 
-    PeerError if another process dies or hangs.
+    PeerError if another process dies, hangs or does not come.
     """
     global control, saving
     if "WORLD_SIZE" not in os.environ:
@@ -49,16 +49,16 @@ def joined(seconds):
         with contextlib.suppress(OSError, AttributeError):  # Linux: when torchrun is killed, be told to stop
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     timeout = timedelta(seconds=seconds)
+    claim_gpu()
     try:
         store, me, many = next(iter(dist.rendezvous("env://", timeout=timeout)))
         store = fresh(store, me, many, seconds)
-        claim_gpu()
-        # the device waits longer than the host, which can say who hangs
+        # longer than the host waits, which can say who hangs, unless it waits for the device itself
         backend, patience = ("cpu:gloo,cuda:nccl", timedelta(seconds=60)) if has_gpu() else ("gloo", timedelta())
         dist.init_process_group(backend, store=store, rank=me, world_size=many, timeout=timeout + patience)
         control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     except RuntimeError as error:
-        what = f"process {os.environ['RANK']} has not met the others within {seconds:g} s (--timeout)"
+        what = f"process {os.environ['RANK']} could not meet the others (--timeout={seconds:g})"
         raise PeerError(f"{what}: {str(error).splitlines()[0]}") from error
     try:
         with contextlib.ExitStack() as stack:

@@ -140,10 +140,12 @@ def test_two_processes_train_as_one_that_takes_the_same_parts_of_a_batch(knobs, 
     assert_same_run(losses(tmp_path / "out"), halves)
 
 
-@pytest.mark.parametrize("world, micro", [(2, 2), (4, 1), (8, 2)])
-def test_any_number_of_processes_and_micro_batches_trains_as_one(world, micro, phases, tmp_path, straight):
+@pytest.mark.parametrize(
+    "world, micro, knobs", [(2, 2, {}), (2, 2, {"reshard_after_forward": False}), (4, 1, {}), (8, 2, {})], ids=str
+)
+def test_any_number_of_processes_and_micro_batches_trains_as_one(world, micro, knobs, phases, tmp_path, straight):
     """The held-out windows do not divide by eight."""
-    trained(phases("a", micro_batch=micro), world)
+    trained(phases("a", micro_batch=micro, **knobs), world)
     assert_same_run(losses(tmp_path / "out", "a"), only("a", straight), 1e-5)
 
 
@@ -318,6 +320,21 @@ def test_a_checkpoint_of_something_else_gets_one_message_and_stays(phases, tmp_p
     assert losses(tmp_path / "out", "a") == records
 
 
+def test_processes_that_see_other_checkpoints_do_not_train(phases, tmp_path):
+    """Two machines with a disk each, and on one of them weights of another run."""
+    trained(phases("a", out="0/out"), before=at_step(("a", 7), 0, signal_self(signal.SIGINT)))
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    newest = checkpoint.find(tmp_path / "1/out/a")
+    state, other = checkpoint.load_state(newest), {name: x + 1 for name, x in tensors_in(newest).items()}
+    checkpoint.save(newest.parent, state["step"], other, state, keep=9)
+
+    def function(rank):
+        os.chdir(tmp_path / str(rank))
+        return train.main([*phases("a"), "--out=out"])
+
+    one_message(fork(2, function), "checkpoint is", "must agree")
+
+
 def test_a_damaged_checkpoint_is_named_once_and_the_one_before_is_used(phases, tmp_path):
     trained(phases("a", out="straight"))
     trained(phases("a"))
@@ -340,7 +357,8 @@ def test_fresh_moves_the_old_run_aside_once_and_not_again_after_a_restart(phases
     trained(phases("a"))
     trained([*phases("a"), "--fresh"])
     restarted = [*phases("a"), "--fresh"]
-    trained(restarted, before=lambda rank: os.environ.update(TORCHELASTIC_RESTART_COUNT="1"))
+    # of two machines only one has seen the death
+    trained(restarted, before=lambda rank: os.environ.update(TORCHELASTIC_RESTART_COUNT=f"{rank}"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "a.old-1"]
 
 
@@ -482,7 +500,7 @@ def test_a_disk_that_is_full_for_one_process_stops_all_with_one_message_and_keep
         checkpoint.save = save
         return train.main(phases("a"))
 
-    one_message(fork(2, function), "could not save", "step-00000015", "free some space")
+    one_message(fork(2, function), "could not save", "step-00000015: File too large; run the same command again")
     assert sorted(p.name for p in (tmp_path / "out/a/checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
     trained(phases("a"))
     assert losses(tmp_path / "out", "a") == losses(tmp_path / "straight", "a")
@@ -524,7 +542,7 @@ def test_only_a_second_ctrl_c_interrupts():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_goes_wrong_in_one_process_only_is_said_by_that_one(phases, monkeypatch):
+def test_what_goes_wrong_in_one_process_only_is_said_by_that_one(phases):
     def read(self, lo, hi):
         raise OSError(5, "Input/output error", "train-00000.bin")
 
@@ -533,7 +551,6 @@ def test_what_goes_wrong_in_one_process_only_is_said_by_that_one(phases, monkeyp
             train.Feeder.read = read
         return train.main(phases("a"))
 
-    monkeypatch.setattr(train.Feeder, "read", train.Feeder.read)
     (_, first), (code, second) = fork(2, function)
     assert code == 2 and "train-00000.bin" in second and "another one died" in first
 

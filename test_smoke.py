@@ -6,6 +6,7 @@ implementation, an uninterrupted run.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.util
 import json
@@ -811,7 +812,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_good(phases, tm
     assert train.main(phases("a", budget=60 * 512, share=0.1)) == 0  # steps 1 to 6: a checkpoint exists
     before = sorted(p.name for p in (tmp_path / "out/a/checkpoints").iterdir())
     failed = run("train.py", *phases(), preexec_fn=small_files)
-    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "free some space" in failed.stderr
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "File too large; run the same" in failed.stderr
     assert sorted(p.name for p in (tmp_path / "out/a/checkpoints").iterdir()) == before
     assert train.main(phases()) == 0
     assert [(r["phase"], r["step"]) for r in losses(tmp_path / "out") if "loss" in r] == [
@@ -867,15 +868,23 @@ def test_a_death_while_a_checkpoint_is_replaced_leaves_one_of_the_two(moment, tm
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_disk_that_is_full_asks_for_space_and_leaves_nothing(tmp_path, monkeypatch):
+    def write_data(self, plan, planner):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.Writer, "write_data", write_data)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device; free some space and run the same"):
+        checkpoint.save(tmp_path, 1, {"model": {"x": torch.ones(1)}}, {}, keep=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps_and_what_a_death_left(tmp_path):
     def save(step):
         return checkpoint.save(tmp_path, step, {"model": {"x": torch.ones(1)}}, {}, keep=2)
 
     for step in (10, 15):
         (save(step) / "state.json").unlink()
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"step-00000015: state.json is missing, and there is no other"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-00000015: state\.json is missing, and there is"):
         checkpoint.latest(tmp_path)
     (tmp_path / "step-00000007.tmp").mkdir()
     assert save(5) == checkpoint.latest(tmp_path)
@@ -938,6 +947,11 @@ def test_keep_keeps_the_newest_checkpoints_and_every_phase_its_end(phases, tmp_p
     assert train.main(phases(keep=2)) == 0
     kept = {name: sorted(p.name[-2:] for p in (tmp_path / f"out/{name}/checkpoints").iterdir()) for name in PHASES}
     assert kept == {"a": ["15", "18"], "b": ["25", "30"], "c": ["10", "12"]}
+    for step in range(1, 9):
+        checkpoint.save(tmp_path / "more", step, {"model": {"x": torch.ones(1)}}, {}, keep=5)
+        assert [int(p.name[-1]) for p in checkpoint.complete(tmp_path / "more")] == list(range(1, 9))[
+            max(0, step - 5) : step
+        ]
 
 
 MISTAKES = {

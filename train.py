@@ -421,9 +421,9 @@ def recomputed(forward):
 
 def my_shard(whole, p):
     """What this process holds of a tensor that all have computed; p: the parameter it is for."""
-    return (
-        distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else whole
-    )
+    if not isinstance(p, DTensor):
+        return whole
+    return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def make_optimizer(model, cfg, device):
@@ -471,9 +471,10 @@ def all_reduce(sums):
 
 
 class Log:
-    """log.jsonl of a phase, written by rank 0, and wandb's copy of it. Every line has step, phase and tokens so far.
+    """log.jsonl of a phase, written by rank 0, and wandb's copy of its numbers.
 
-    Lines beyond `size` bytes belong to steps that a crash took back: they are cut off.
+    Every line has step, phase and tokens so far. Lines beyond `size` bytes belong to steps that a crash took back: they
+    are cut off.
     """
 
     def __init__(self, phase, size):
@@ -571,7 +572,13 @@ def find_progress(named):
     """The phase to go on with and its newest checkpoint: (index, folder), or (0, None) when nothing was trained yet."""
     roots = [Path(cfg.out) / name / "checkpoints" for name, cfg in named]
     for index in reversed(range(len(named))):
-        if folder := checkpoint.latest(roots[index]):
+        try:
+            folder = checkpoint.latest(roots[index])
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; to train {named[index][0]} anew, move {roots[index].parent} aside"
+            ) from None
+        if folder:
             check_lineage(roots[: index + 1], folder)
             return index, folder
     return 0, None
@@ -717,7 +724,10 @@ class LossError(Exception):
 
 def give_up(phase, step, in_a_row):
     """Raise the LossError after too many updates in a row were left out; it names their samples and the way on."""
-    newest = from_first(checkpoint.latest, phase.folder / "checkpoints")
+    try:
+        newest = from_first(checkpoint.latest, phase.folder / "checkpoints")
+    except CheckpointError:  # none of them is good
+        newest = None
     saved = checkpoint.load_state(newest)["sample"] if newest else 0
     first, end = (step - in_a_row) * phase.rows, step * phase.rows
     raise LossError(
@@ -850,13 +860,6 @@ class Start:
             return {}, 0
         return tuple(self.state[name] for name in (("start", "first_token") if self.inside else ("drawn", "tokens")))
 
-    @property
-    def parent(self):
-        """checkpoint.weights_sha256 of what the phase to train began or begins with, None for an initialisation."""
-        if self.resumed:
-            return self.state["parent"]
-        return checkpoint.weights_sha256(self.folder) if self.folder else None
-
 
 def find_start(named, fresh):
     index, folder = (0, None) if fresh else find_progress(named)
@@ -903,10 +906,10 @@ def train(named, fresh, stop):
         if start.folder:
             check_start(start, model, meta, sources, phases[0])
         sets = held_out(cfg, sources, encoding)
-        parent = start.parent
+        weights = checkpoint.weights_sha256(start.folder) if start.folder else None
     check_same({
         **{name: dataclasses.asdict(c) for name, c in named}, "torch": torch.__version__, "arithmetic": str(dtype),
-        "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": parent,
+        "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": weights,
         "held out": {name: hashlib.sha256(rows).hexdigest() for name, (rows, _) in sets.items()},
     })  # fmt: skip
     phases = phases[start.done :]
@@ -939,6 +942,7 @@ def train(named, fresh, stop):
     )
     print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
 
+    parent = start.resumed["parent"] if start.resumed else weights
     run = Run(model, optimizer, device, peak, sets, meta, stop, checkpoint.Saver())
     for phase in phases:
         if phase is not first:
