@@ -571,7 +571,7 @@ def parse_arguments():
 
 def fail(message, code=2):
     """Ends the program at once, workers included: whatever they write is whole or absent."""
-    print(f"prepare.py: {message}", file=sys.stderr, flush=True)
+    os.write(2, f"prepare.py: {message}\n".encode())  # unlike print, also from a signal's handler
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)
@@ -580,6 +580,8 @@ def fail(message, code=2):
 def main():
     args, began = parse_arguments(), time.time()
     tqdm.monitor_interval = 0  # its thread would be there when the workers are forked
+    # a KeyboardInterrupt is lost if Python happens to be in a callback
+    signal.signal(signal.SIGINT, lambda *_: fail("stopped; the same command goes on from here", code=130))
     try:
         encoding = tokenizer.load(args.tokenizer, args.vocab_size)
         sources = parse_sources(args.sources)
@@ -588,8 +590,6 @@ def main():
         sources = sources or collect_default(args.out / "corpus", pool)
         metas = {name: prepare_source(name, inputs, encoding, pool, args) for name, inputs in sources.items()}
         pool.shutdown()
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on from here", code=130)
     except (Mistake, tokenizer.TokenizerError, OSError) as e:
         fail(e)
     except Exception:
