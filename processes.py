@@ -171,6 +171,10 @@ def from_first(function, *args):
     return gather(result)[0]
 
 
+class Stopped(Exception):
+    """A signal came where nothing needs saving; the message is its name."""
+
+
 class Stop:
     """SIGINT, SIGTERM or SIGUSR1 in any process, noted until all of them ask; a second Ctrl-C interrupts at once."""
 
@@ -190,6 +194,11 @@ class Stop:
         self.number = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def here(self):
+        """Wait until all processes are here; raise Stopped in all of them if one was told to stop."""
+        if number := max(gather(self.number)):
+            raise Stopped(signal.Signals(number).name)
 
     def agreed(self, failed=False):
         """Why all processes stop now: a signal's name, "failed" if one of them ever asked with failed=True, or None.

@@ -49,7 +49,7 @@ from kernels import backend
 from machine import describe, find_device, keep_memory, synchronize
 from mix import Mix, MixError, Source, check_identity
 from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
-from processes import PeerError, Stop, from_first, gather, rank, together, world
+from processes import PeerError, Stop, Stopped, from_first, gather, rank, together, world
 from tokenizer import TokenizerError
 
 # ------------------------------------------------------------------------------------------------------------- knobs
@@ -623,17 +623,25 @@ def check_start(start, model, meta, sources, phase):
             raise CheckpointError(f"{folder} was made with batch = {batch:,}, which stays the same inside a phase")
 
 
-def rehearse(model, phase, device):
-    """Tokens a second, of all processes, forward and backward: compiles, and finds out if memory is too small."""
+def rehearse(model, phase, device, stop):
+    """Tokens a second, of all processes, forward and backward: compiles, and finds out if memory is too small.
+
+    Stopped if a signal came: before every block, because to compile them all may take longer than a cluster waits.
+    """
     rows = torch.from_numpy(phase.mix.batch(0, phase.micro)[0]).long().to(device)
+    hooks = [block.register_forward_pre_hook(lambda *_: stop.here()) for block in model.blocks]
     for last in (phase.micro_steps == 1, True):  # the first one compiles; its gradients stay if they will in training
         end_of_batch(model, phase.cfg, last)
         synchronize(device)
         start = time.perf_counter()
-        model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), phase.cfg.z_loss, phase.cfg.batch)[0].backward()
+        loss, _, _ = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), phase.cfg.z_loss, phase.cfg.batch)
+        stop.here()
+        loss.backward()
         if last:
             model.zero_grad(set_to_none=True)
         synchronize(device)
+        while hooks:
+            hooks.pop().remove()
     return world() * rows[:, 1:].numel() / (time.perf_counter() - start)
 
 
@@ -936,7 +944,7 @@ def train(named, fresh, stop):
     else:
         init_weights(model, cfg.seed, my_shard, min(8, os.cpu_count() // processes.local()[1] or 1))
     from_first(make_room, named if fresh else [], first.folder)
-    speed = rehearse(model, first, device)
+    speed = rehearse(model, first, device, stop)
     left = (
         first.first_token + sum(p.steps * p.cfg.batch for p in phases) - (start.state["tokens"] if start.state else 0)
     )
@@ -1037,6 +1045,8 @@ def run_command(named, flags, refused, stop):
         else:  # a start by torchrun after a death, which not all machines need to have seen, is not a new run
             again = any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
             train(named, "fresh" in flags and not again, stop)
+    except Stopped as signal_name:
+        print(f"{signal_name}: stopped before a step was made; the same command begins again")
     except (ConfigError, MixError, CheckpointError, TokenizerError, OSError, LossError) as error:
         if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
             print(f"train.py: {error}", file=sys.stderr)
