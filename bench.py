@@ -1,7 +1,7 @@
 """What the parts of nanoCrystal reach on this machine, beside what the machine allows and what was aimed at.
 
     python bench.py                         # every section that this machine can
-    python bench.py --only mix model        # some of them: mix, tokenizer, model; on an NVIDIA GPU tune, kernels, train
+    python bench.py --only mix model        # some: mix, tokenizer, model, processes; on a GPU tune, kernels, train
     python bench.py --only model --nanogpt=../nanoGPT     # beside a clone of github.com/karpathy/nanoGPT, same shape
     python bench.py --only train --size 124M    # one size of model
     python bench.py --json bench.json       # the numbers for a program; without it, on a GPU, in results/<device>.json
@@ -512,13 +512,13 @@ def bench_processes(args, rounds=15, speed=None, memory=None):
     gpu = {"size": "350M", **PRESETS["350M"], "vocab_size": 50_304, "batch": 65_536 * many, "micro_batch": 8}
     cpu = {"size": "nano", **PRESETS["nano"], "vocab_size": 8192, "device": "cpu", "dtype": "float32", "batch": 2048}
     yield from step_rows(speed or (gpu if cuda else cpu), worlds, rounds)
-    small = cpu | {"size": "124M", **PRESETS["124M"], "vocab_size": 32_064, "block_size": 64, "batch": 64 * many}
-    yield from memory_rows(memory or (gpu if cuda else small), worlds)
+    cpu |= {"size": "124M", **PRESETS["124M"], "vocab_size": 32_064}
+    short = {"block_size": 64, "micro_batch": 1}  # activations are not in the arithmetic
+    yield from memory_rows(memory or (gpu if cuda else cpu) | short, worlds)
 
 
 def step_rows(knobs, worlds, rounds):
     """Tokens/s ("of limit": over one process), and what a checkpoint adds."""
-    batch = knobs.get("batch", train.Config.batch)
     groups = {name: start_group(world, knobs) for name, world in worlds.items()}
     seconds = {(name, saving): [] for saving in ("", "beside", "before") for name in groups}
     for i in range(rounds + 1):
@@ -533,7 +533,9 @@ def step_rows(knobs, worlds, rounds):
     for name in groups:
         plain, beside, before = (seconds[name, saving] for saving in ("", "beside", "before"))
         ratio = median_of(zip(seconds[one, ""], plain, strict=True))
-        yield row(f"{name}, {knobs['size']}", batch / median(wall for wall, *_ in plain), "tokens/s", of_limit=ratio)
+        yield row(
+            f"{name}, {knobs['size']}", knobs["batch"] / median(wall for wall, *_ in plain), "tokens/s", of_limit=ratio
+        )
         still = median(stood for _, stood, *_ in beside)
         yield row(f"{name}: training stands still for a checkpoint, {size / 1e6:.0f} MB", 1e3 * still, "ms")
         for more, what in ((beside, "and the checkpoint written beside it"), (before, "after it has waited for one")):
@@ -550,7 +552,7 @@ def memory_rows(knobs, worlds):
         # fp32 weight, gradient, two moments; sharded, the embedding is whole at the end of the backward pass, three
         # times: itself, its gradient, and the copy of that which is sent
         expected = 16 * weights / max(1, world) + (12 * root if world else 0)
-        group = start_group(world, knobs, exact=True)
+        group = start_group(world, knobs | {"batch": knobs["block_size"] * max(1, world)}, exact=True)
         for _ in range(2):
             peak = max(n_bytes for *_, n_bytes in ask(group, ""))
         ask(group, None)

@@ -19,6 +19,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,8 +297,8 @@ def test_a_mistake_gets_one_message_from_all_processes_and_writes_nothing(phases
     (other_data / "code" / "meta.json").write_text(json.dumps(meta))
 
     def with_data(folder):
-        real = train.open_sources
-        train.open_sources = lambda cfg, names: real(train.dataclasses.replace(cfg, data=str(folder)), names)
+        real = train.Source
+        train.Source = lambda path, *knobs: real(Path(folder) / path.name, *knobs)
 
     refused("--lerning_rate=1", words=["lerning_rate"])
     refused("--batch=480", words=["rows of 32 are not a multiple of 2 processes"])

@@ -314,11 +314,6 @@ def prepare_corpus(cfg, names):
             raise ConfigError("the default corpus could not be prepared") from error
 
 
-def open_sources(cfg, names):
-    """{name: Source}, their training parts."""
-    return {name: Source(Path(cfg.data) / name, "train", cfg.block_size) for name in names}
-
-
 def the_tokenizer(sources):
     """meta.json's entry on the tokenizer, one for all sources, and the encoding; None, None for bare .bin files."""
     metas = {name: source.meta["tokenizer"] for name, source in sources.items() if source.meta}
@@ -870,6 +865,7 @@ class Start:
 
 
 def find_start(named, fresh):
+    """The newest checkpoint of the last phase that has one, or what init_from names. CheckpointError, ConfigError."""
     index, folder = (0, None) if fresh else find_progress(named)
     if folder:
         state = checkpoint.load_state(folder)
@@ -906,7 +902,7 @@ def train(named, fresh, stop):
     from_first(prepare_corpus, cfg, names)
     start = from_first(find_start, named, fresh)
     with together():
-        sources = open_sources(cfg, names)
+        sources = {name: Source(Path(cfg.data) / name, "train", cfg.block_size) for name in names}
         meta, encoding = the_tokenizer(sources)
         with torch.device("meta"):
             model = GPT(model_config(cfg, count_ids(cfg, meta, sources)), dtype)
@@ -945,9 +941,8 @@ def train(named, fresh, stop):
         init_weights(model, cfg.seed, my_shard, min(8, os.cpu_count() // processes.local()[1] or 1))
     from_first(make_room, named if fresh else [], first.folder)
     speed = rehearse(model, first, device, stop)
-    left = (
-        first.first_token + sum(p.steps * p.cfg.batch for p in phases) - (start.state["tokens"] if start.state else 0)
-    )
+    made = start.resumed["step"] * first.cfg.batch if start.resumed else 0
+    left = sum(p.steps * p.cfg.batch for p in phases) - made
     print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
 
     parent = start.resumed["parent"] if start.resumed else weights
