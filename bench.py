@@ -1,7 +1,8 @@
 """What the parts of nanoCrystal reach on this machine, beside what the machine allows and what was aimed at.
 
     python bench.py                         # every section that this machine can
-    python bench.py --only mix model        # some: mix, tokenizer, model, processes; on a GPU tune, kernels, train
+    python bench.py --only mix model        # some of mix, tokenizer, model, objectives, processes; on a GPU tune,
+                                            # kernels, train
     python bench.py --only model --nanogpt=../nanoGPT     # beside a clone of github.com/karpathy/nanoGPT, same shape
     python bench.py --only train --size 124M    # one size of model
     python bench.py --json bench.json       # the numbers for a program; without it, on a GPU, in results/<device>.json
@@ -13,6 +14,7 @@ A section is a function that returns rows (see row, or kernels/bench.py); add it
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import itertools
@@ -39,6 +41,7 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint
 import corpus
+import infill
 import mix
 import prepare
 import processes
@@ -453,11 +456,15 @@ def training(cfg):
     """A model in training on random tokens: (take, model, optimizer); take(n) -> seconds of each of n steps."""
     device, dtype, _ = train.find_device(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "random"
+        path, rng, encoding = Path(folder) / "random", np.random.default_rng(0), tokenizer.load()
         path.mkdir()
-        np.random.default_rng(0).integers(0, cfg.vocab_size, 10**7, dtype=np.uint16).tofile(path / "train.bin")
+        tokens = rng.integers(0, cfg.vocab_size, 10**7, dtype=np.uint16)
+        if vocabulary := train.the_vocabulary([("bench", cfg)], encoding):  # documents of 900 words on average
+            tokens %= tokenizer.RANKS
+            tokens[rng.random(len(tokens)) < 1 / 900] = vocabulary.eot
+        tokens.tofile(path / "train.bin")
         sources = {"random": Source(path, "train", cfg.block_size)}
-        (phase,) = train.build_phases([("bench", cfg)], sources, {}, 0)
+        (phase,) = train.build_phases([("bench", cfg)], sources, {}, 0, vocabulary)
         with torch.device("meta"):
             model = GPT(train.model_config(cfg, cfg.vocab_size), dtype)
         train.parallelize(model, cfg)
@@ -496,6 +503,64 @@ def seconds_between(marks, cuda):
     if cuda:
         torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
+
+
+# -------------------------------------------------------------------------------------------------------- objectives
+
+LAWS = {"fim": "fim(0.9)", "fim, tokens": "fim(0.9, cut='token')", "codegen2": "codegen2(0.5)", "prefix": "prefix(1)"}
+
+
+def bench_objectives(args, rounds=15, knobs=None):
+    """What rearranging costs the loader, on code of this Python, and what it and masks cost a training step on random
+    documents of 900 words. knobs: of the steps, instead of those here, for a rehearsal."""
+    yield from rearrange_rates()
+    gpu = {"size": "350M", **PRESETS["350M"], "batch": 65_536, "micro_batch": 8}
+    cpu = {"size": "nano", **PRESETS["nano"], "device": "cpu", "batch": 4096}
+    knobs = knobs or (gpu if torch.cuda.is_available() else cpu)
+    ways = {"causal": {}, "doc_mask": {"doc_mask": True}}
+    ways |= {law: {"objective": {"*": law}} for name, law in LAWS.items() if "," not in name}
+    ways["prefix(1), doc_mask"] = ways["doc_mask"] | ways["prefix(1)"]
+    with contextlib.ExitStack() as stack:
+        configs = {name: train.Config(**RANDOM, **knobs, vocab_size=tokenizer.VOCAB_SIZE, **way)
+                   for name, way in ways.items()}  # fmt: skip
+        takes = {name: stack.enter_context(training(cfg))[0] for name, cfg in configs.items()}
+        seconds = {name: [] for name in ways}
+        for i in range(rounds + 1):
+            for name, take in takes.items():
+                (one,) = take(1)
+                if i:  # the first one warms up
+                    seconds[name].append(one)
+    for name, some in seconds.items():
+        ratio = median(a / b for a, b in zip(some, seconds["causal"], strict=True))
+        target = (0, 1.02) if name == "fim(0.9)" else None
+        yield row(f"a step, {knobs['size']}, {name}", 1e3 * median(some), "ms", of_limit=1 / ratio)
+        yield row(f"a step, {knobs['size']}, {name}, over causal", ratio, "x", target=target)
+
+
+def rearrange_rates(megabytes=8):
+    encoding = tokenizer.load()
+    vocabulary = infill.Vocabulary(encoding)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "code"
+        path.mkdir()
+        with ThreadPoolExecutor(1) as pool:
+            documents = corpus.collect(pool, 0, megabytes * 10**6)["code"]
+        ids = [[*encoding.encode_ordinary(text), vocabulary.eot] for text in documents]
+        np.concatenate(ids).astype(np.uint16).tofile(path / "train.bin")
+        source, first = Source(path, "train", BLOCK), iter(range(0, 10**9, BATCH * CALLS))
+
+        def read(law):
+            mixed = mixes[law]
+            start = next(first)
+            for n in range(start, start + BATCH * CALLS, BATCH):
+                mixed.batch(n, n + BATCH)[0].astype(np.int64)
+
+        laws = {"mix.py alone": None, **{f"mix.py + {law}": infill.parse(law) for law in LAWS.values()}}
+        mixes = {name: Mix({"code": source}, {"code": 1}, 10**10, 1, laws={"code": law}, vocabulary=vocabulary)
+                 for name, law in laws.items()}  # fmt: skip
+        seconds = take_turns({name: functools.partial(read, name) for name in laws}, rounds=7)
+    amounts = dict.fromkeys(laws, CALLS * BATCH * BLOCK / 1e6)
+    return rate_rows(seconds, amounts, "M tokens/s", "mix.py alone", {"mix.py + fim(0.9)": (30, None)})
 
 
 # --------------------------------------------------------------------------------------------------------- processes
@@ -623,7 +688,13 @@ def resident(what="VmRSS"):
 
 
 # functions of the command line that return rows, or yield them as they are measured
-SECTIONS = {"mix": bench_mix, "tokenizer": bench_tokenizer, "model": bench_model, "processes": bench_processes}
+SECTIONS = {
+    "mix": bench_mix,
+    "tokenizer": bench_tokenizer,
+    "model": bench_model,
+    "objectives": bench_objectives,
+    "processes": bench_processes,
+}
 GPU_SECTIONS = {
     "tune": lambda args: kernel_bench.tune(),
     "kernels": lambda args: kernel_bench.bench_kernels(),

@@ -75,11 +75,14 @@ class ConfigFile(dict):
         return SimpleNamespace(**{name: other[name] for name in other.assigned if not name.startswith("__")})
 
 
-def read_config(path, fixed, Config, presets):
-    """One file -> Config, filled up from presets[size] where neither the file nor the command line said anything."""
+def read_config(path, fixed, Config, presets, names):
+    """One file -> Config, filled up from presets[size] where neither the file nor the command line said anything.
+
+    names: what a file may use beside the knobs, {name: anything}.
+    """
     fields = dataclasses.fields(Config)
     defaults = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields}
-    file = ConfigFile(defaults, fixed).run(path)
+    file = ConfigFile(defaults | names, fixed).run(path)
     for name in file.assigned - set(defaults):
         if not (name.startswith("_") or isinstance(file[name], ModuleType) or callable(file[name])):
             raise ConfigError(f"{path}: {unknown(name, defaults)}")
@@ -93,7 +96,7 @@ def read_config(path, fixed, Config, presets):
         raise ConfigError(f"{path}: {error}") from error
 
 
-def read_command_line(argv, Config, presets, flags):
+def read_command_line(argv, Config, presets, flags, names):
     """["config/phase1.py", "--lr=0.01", "--plan"] -> ([(phase name, Config), ...], {"plan"}). Raises ConfigError."""
     kinds = {f.name: f.type for f in dataclasses.fields(Config)}
     paths, fixed, given = [], {}, set()
@@ -109,4 +112,4 @@ def read_command_line(argv, Config, presets, flags):
             raise ConfigError(f"{argument} needs a value: --{name}=...")
         else:
             fixed[name] = coerce(name, value, kinds[name])
-    return [(Path(path).stem, read_config(path, fixed, Config, presets)) for path in paths], given
+    return [(Path(path).stem, read_config(path, fixed, Config, presets, names)) for path in paths], given

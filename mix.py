@@ -3,7 +3,7 @@
     sources = {name: Source(f"data/{name}", "train", 1024) for name in ("text", "code")}
     phase1 = Mix(sources, {"text": 0.95, "code": 0.05}, samples=100_000, seed=1)
     phase2 = Mix(sources, {"text": 0.37, "code": 0.63}, samples=50_000, seed=1, start=phase1.drawn(phase1.samples))
-    rows, source = phase2.batch(0, 32)  # uint16 (32, 1025), int64 (32,)
+    rows, source, _ = phase2.batch(0, 32)  # uint16 (32, 1025), int64 (32,)
 
 - Ratio: one period of an integer quota table says whose turn it is. After any n samples every source has been drawn
   within one sample of weight * n.
@@ -25,12 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
+from infill import GOLDEN, Prefix, below, rearrange, scramble
+
 ALGORITHM = 1  # raise it when the order of samples changes: runs under way then refuse to go on in another order
 PERIOD = 100_000  # longest quota table; finer weights are rounded to multiples of 1 / PERIOD
 CHUNK = 8192  # samples planned at a time: enough to hide what a call costs, few enough for the cache
 OPEN_FILES = 64  # per source; each holds a file descriptor, and systems often grant no more than 1024
 LARGE = 2**30  # tokens of a source from which the system shall not read ahead: megabytes around each window of 2 KB
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it lie far apart
 
 
 class MixError(ValueError):
@@ -38,18 +39,6 @@ class MixError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------------- order
-
-
-def scramble(x):
-    """The mixing function of splitmix64 (Steele, Lea, Flood 2014): uint64 (n,) -> uint64 (n,), a bijection."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-def below(x, size):
-    """Scrambled uint64 -> uint64 in [0, size), size < 2^32, by the high half: low bits of a product are poor dice."""
-    return ((x >> 32) * size) >> 32
 
 
 def epoch_keys(seed, name, epoch):
@@ -237,12 +226,13 @@ class Mix:
     start       {name: windows drawn before}: drawn(samples) of the phase before
     epochs_max  refuse to read a source more often than this, earlier phases included; 0: no limit
     skip        [(a, b)]: jump over samples a to b - 1 as the log numbers them; a later skip is appended
+    laws        {name: law of infill.py} for sources whose windows are rearranged, and their `vocabulary`
 
     names: what is drawn, as plan() and batch() number it. quota, {name: samples in one period}, and period, their sum:
     the weights as realised. Raises MixError.
     """
 
-    def __init__(self, sources, weights, samples, seed, start=None, epochs_max=0, skip=()):
+    def __init__(self, sources, weights, samples, seed, start=None, epochs_max=0, skip=(), laws=None, vocabulary=None):
         unknown = sorted({*weights} - {*sources})
         if unknown:
             raise MixError(f"mix: there is no source {', '.join(unknown)}; there are: {', '.join(sorted(sources))}")
@@ -251,6 +241,8 @@ class Mix:
         self.windows = {name: getattr(source, "windows", source) for name, source in sources.items()}
         self.quota = quotas(weights)
         self.names, self.period = list(self.quota), sum(self.quota.values())
+        self.laws = {name: law for name, law in (laws or {}).items() if law and name in self.quota}
+        self.vocabulary = vocabulary
         self.block_size = getattr(sources[self.names[0]], "block_size", 0)
         self.table = turns(list(self.quota.values()))
         self.rank = np.empty_like(self.table)  # of a turn among those of its source in one period
@@ -306,37 +298,52 @@ class Mix:
         return source, epoch, window
 
     def places(self, lo, hi):
-        """Samples lo to hi - 1 -> source, file number in it, first token in that: int64 (hi - lo,) each."""
+        """Samples lo to hi - 1 -> source, file number in it, first token in that, int64 (hi - lo,) each; and for the
+        draws of infill.py a key, uint64 (hi - lo,)."""
         source, epoch, window = self.plan(lo, hi)
         file, begin = np.empty((2, hi - lo), np.int64)
+        key = np.zeros(hi - lo, np.uint64)
         for s, name in enumerate(self.names):
             mine = (source == s).nonzero()[0]
-            offset = below(scramble(~epoch_keys(self.seed, name, epoch[mine])), self.block_size).astype(np.int64)
+            law = self.laws.get(name)
+            if law and not law.redraw:
+                epoch[mine] = 0
+            keys = scramble(~epoch_keys(self.seed, name, epoch[mine]))
+            offset = below(keys, self.block_size).astype(np.int64)
             offset[epoch[mine] == 0] = 0  # later epochs are cut elsewhere: their tokens appear in other contexts
             file[mine], begin[mine] = self.sources[name].locate(window[mine], offset)
-        return source, file, begin
+            if law:
+                key[mine] = scramble(scramble(keys) + window[mine].astype(np.uint64) * GOLDEN)
+        return source, file, begin, key
 
     def batch(self, lo, hi):
-        """Samples lo to hi - 1 -> rows, uint16 (hi - lo, block_size + 1), and source, int64 (hi - lo,)."""
+        """Samples lo to hi - 1 -> rows, uint16 (hi - lo, block_size + 1), rearranged where a source has a law; source,
+        int64 (hi - lo,); and where a law is Prefix which prefix a token is in, uint16 like rows, else None."""
         first, last, places = self.chunk
         if lo < first or hi > last:
             first, last = lo, max(hi, min(lo + CHUNK, self.samples))
             places = self.places(first, last)
             self.chunk = first, last, places
-        source, file, begin = (part[lo - first : hi - first] for part in places)
+        source, file, begin, key = (part[lo - first : hi - first] for part in places)
         rows = np.empty((hi - lo, self.block_size + 1), np.uint16)
+        prefix = np.zeros_like(rows) if any(isinstance(law, Prefix) for law in self.laws.values()) else None
         for s, name in enumerate(self.names):
             mine = (source == s).nonzero()[0]
             self.sources[name].read(file[mine], begin[mine], rows, mine)
-        return rows, source
+            if name in self.laws and len(mine):
+                rows[mine], inside = rearrange(rows[mine], key[mine], self.laws[name], self.vocabulary)
+                if inside is not None:
+                    prefix[mine] = inside
+        return rows, source, prefix
 
     def identity(self):
         """All that the samples depend on, by name, as a dict for JSON."""
         fields = ("tokens", "sha256", "tokenizer")
         sources = {name: {field: getattr(self.sources[name], field, None) for field in fields} for name in self.names}
         start = {name: self.start[name] for name in self.names}
+        objective = {name: str(law) for name, law in sorted(self.laws.items())}
         return dict(algorithm=ALGORITHM, seed=self.seed, block_size=self.block_size, weights=self.quota, start=start,
-                    samples=self.samples, skip=self.skip, sources=sources)  # fmt: skip
+                    samples=self.samples, skip=self.skip, objective=objective, sources=sources)  # fmt: skip
 
 
 def check_identity(saved, now, n=math.inf):
@@ -345,6 +352,7 @@ def check_identity(saved, now, n=math.inf):
     A phase may be lengthened. Skips may be appended that begin at n, the samples drawn by then, or later.
     """
     pairs = {field: (saved[field], now[field]) for field in ("algorithm", "seed", "block_size", "weights", "start")}
+    pairs["objective"] = saved.get("objective", {}), now["objective"]
     for name, source in saved["sources"].items():
         other = now["sources"].get(name, {})
         pairs |= {f"{field} of {name}": (value, other.get(field)) for field, value in source.items()}

@@ -113,26 +113,26 @@ class Block(nn.Module):
         self.gate_up = Linear(C, 2 * F_, bias=bias)
         self.mlp_out = Linear(F_, C, bias=bias)
 
-    def attend(self, x, cos, sin, cache):
+    def attend(self, x, cos, sin, cache, mask, pos):
         B, T, C = x.shape
         # flat, so that the product is one mm, and recomputation that would keep it sees it being turned in place;
         # a product of three dimensions hides that behind a view
         qkv = self.qkv(x.flatten(0, 1)).view(B, T, 3, self.n_head, self.head_dim)
-        q, k, v = rope_qkv_(qkv, cos, sin)  # each (B, H, T, D)
+        q, k, v = rope_qkv_(qkv, cos, sin, pos=pos)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(self, k, v)
-        y = attention(q, k, v, scale=self.scale)
+        y = attention(q, k, v, scale=self.scale, mask=mask)
         return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
 
     def mlp(self, x):
         return self.mlp_out(swiglu(self.gate_up(x)))
 
-    def forward(self, branch, residual, cos, sin, cache=None):
+    def forward(self, branch, residual, cos, sin, cache=None, mask=None, pos=None):
         """branch (B, T, C) is what the layer before has still to add to residual (B, T, C). Returns the same pair."""
         x, residual = self.ln_1(branch, residual)
         if self.parallel:
-            return self.attend(x, cos, sin, cache) + self.mlp(x), residual
-        x, residual = self.ln_2(self.attend(x, cos, sin, cache), residual)
+            return self.attend(x, cos, sin, cache, mask, pos) + self.mlp(x), residual
+        x, residual = self.ln_2(self.attend(x, cos, sin, cache, mask, pos), residual)
         return self.mlp(x), residual
 
 
@@ -176,8 +176,11 @@ class GPT(nn.Module):
     def head_weight(self):
         return self.wte.weight if self.head is None else self.head.weight
 
-    def hidden(self, tokens, cache=None):
-        """tokens (B, T) int64 -> final normalised states (B, T, C) in `dtype`."""
+    def hidden(self, tokens, cache=None, mask=None, pos=None):
+        """tokens (B, T) int64 -> final normalised states (B, T, C) in `dtype`.
+
+        mask: of kernels.batch_mask, None: causal. pos: (B, T) int64 positions below T, None: 0 .. T - 1.
+        """
         start = cache.used if cache else 0
         end = start + tokens.shape[1]
         if end > self.config.block_size:
@@ -185,7 +188,7 @@ class GPT(nn.Module):
         cos, sin = self.cos[start:end], self.sin[start:end]
         branch, residual = (self.wte(tokens) * self.embedding_scale).to(self.dtype), None
         for block in self.blocks:
-            branch, residual = block(branch, residual, cos, sin, cache)
+            branch, residual = block(branch, residual, cos, sin, cache, mask, pos)
         if cache:
             cache.used = end
         return self.ln_f(branch, residual)[0]
@@ -195,12 +198,13 @@ class GPT(nn.Module):
         weight = self.head_weight[: self.config.vocab_real].to(x.dtype)
         return F.linear(x, weight).float() * self.logit_scale
 
-    def forward(self, tokens, targets=None, z_coef=0.0, divisor=None):
+    def forward(self, tokens, targets=None, z_coef=0.0, divisor=None, mask=None, pos=None):
         """tokens, targets: (B, T) int64, target -1 is not trained on. Without targets: logits (B, T, vocab_real), fp32.
+        mask, pos: as in `hidden`.
 
         With targets: (loss, token_loss (B, T), lse_sq_sum) of kernels/linear_ce.py.
         """
-        x = self.hidden(tokens)
+        x = self.hidden(tokens, mask=mask, pos=pos)
         if targets is None:
             return self.logits(x)
         loss, token_loss, lse_sq_sum = linear_ce(
@@ -210,13 +214,14 @@ class GPT(nn.Module):
         return loss, token_loss.view_as(targets), lse_sq_sum
 
     @torch.inference_mode()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, stop=None, generator=None):
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, stop=None, generator=None, allow=None):
         """Continue tokens (1, T) int64; yields one id (int) at a time, until `stop` (not yielded) or max_new_tokens.
 
         temperature 0 takes the likeliest word. top_p keeps the smallest set of words that holds that much probability
-        (nucleus sampling, arXiv 1904.09751). A context that outgrows block_size is re-read from its later half.
+        (nucleus sampling, arXiv 1904.09751). allow: function of the ids so far to what may come next, bool
+        (vocab_real,), or None for anything. A context that outgrows block_size is re-read from its later half.
         """
-        block_size = self.config.block_size
+        block_size, made = self.config.block_size, []
         cache, fresh = KVCache(block_size), tokens[:, -block_size:]
         tokens = fresh
         for _ in range(max_new_tokens):
@@ -224,10 +229,13 @@ class GPT(nn.Module):
                 cache, fresh = KVCache(block_size), tokens[:, -block_size // 2 :]
                 tokens = fresh
             logits = self.logits(self.hidden(fresh, cache)[:, -1])
+            if allow and (allowed := allow(made)) is not None:
+                logits[:, ~allowed.to(logits.device)] = float("-inf")
             fresh = sample(logits, temperature, top_p, generator)
             if (word := fresh.item()) == stop:
                 return
             tokens = torch.cat((tokens, fresh), dim=1)
+            made.append(word)
             yield word
 
     def num_params(self):

@@ -1,7 +1,8 @@
-"""Continue a prompt with a trained checkpoint.
+"""Continue a prompt with a trained checkpoint, or fill a hole.
 
 python sample.py out/phase3 --prompt 'def fibonacci(n):'     # an out/<phase> folder: its newest checkpoint
 python sample.py out/phase1/checkpoints/step-00000302 --prompt @story.txt --n 3 --temperature 0.8 --top_p 0.95
+python sample.py out/phase3 --infill 'def area(r):' '    return a'     # what belongs between; @FILE works here too
 """
 
 import argparse
@@ -9,9 +10,11 @@ import codecs
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
+import infill
 import tokenizer
 from model import GPT, GPTConfig
 
@@ -40,37 +43,101 @@ def complete(model, encoding, prompt, **how):
     yield decoder.decode(b"", final=True)
 
 
+def fill(model, vocabulary, before, after, layout, max_new_tokens, heal=True, **how):
+    """What stands between two texts -> (UTF-8 bytes, whether the end mark came). `how` goes to GPT.generate.
+
+    layout: of infill.LAYOUTS. heal: leave the last token of `before` to the model, which may only spell it again or
+    go on from inside it, because the text may stop in the middle of a word. What has no room in the context with
+    max_new_tokens, or half of it, for the answer is left out: the beginning of `before`, the end of `after`.
+    """
+    room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2) - 5  # marks of any layout
+    head, tail = (np.array(vocabulary.encoding.encode_ordinary(text), np.uint16) for text in (before, after))
+    tail = tail[: max(room // 2, room - len(head))]
+    head = head[max(0, len(head) + len(tail) - room) :]
+    rest = vocabulary.words[head[-1]] if heal and len(head) else b""
+    ids = infill.prompt(head[: len(head) - bool(rest)], tail, layout, vocabulary)
+    stop = vocabulary.eom if layout == "codegen2" else vocabulary.eot
+    tokens = torch.from_numpy(ids.astype(np.int64))[None].to(model.wte.weight.device)
+    most = min(max_new_tokens, model.config.block_size - len(ids))
+    made = [*model.generate(tokens, most, stop=stop, allow=spelling(rest, vocabulary.words), **how)]
+    return b"".join(vocabulary.words[word] for word in made)[len(rest) :], len(made) < most
+
+
+def spelling(rest, words):
+    """For GPT.generate: at first allows only words that spell `rest` or a part of it, or that begin with it."""
+
+    def allow(made):
+        left = rest[sum(len(words[word]) for word in made) :]
+        if not left:
+            return None
+        return torch.tensor([bool(word) and (word.startswith(left) or left.startswith(word)) for word in words])
+
+    return allow
+
+
+def trained_layout(config, source=None):
+    """Which of infill.LAYOUTS a checkpoint was trained to fill holes in, in `source` or else the first source that was;
+    None if it was not. config: the knobs of its phase, as a dict."""
+    objective = config.get("objective", {})
+    laws = [objective.get(source, objective.get("*", "causal"))] if source else objective.values()
+    return next(filter(None, map(infill.layout, map(infill.parse, laws))), None)
+
+
+def text_of(argument):
+    """TEXT, or @FILE for what is in it, line ends as they are."""
+    return Path(argument[1:]).read_bytes().decode() if argument.startswith("@") else argument
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="out/<phase>, or one of its checkpoints/step-... folders")
     parser.add_argument("--prompt", default="", help="text, or @FILE; default: the start of a document")
+    parser.add_argument("--infill", nargs=2, metavar=("PREFIX", "SUFFIX"), help="texts, or @FILEs, around a hole")
+    parser.add_argument("--layout", choices=infill.LAYOUTS, help="of --infill; default: what was trained")
+    parser.add_argument("--no_healing", action="store_true", help="keep the prefix's last token as it is")
     parser.add_argument("--n", type=int, default=1, help="how many samples")
     parser.add_argument("--tokens", type=int, default=200, help="at most so many; end of text stops earlier")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument(
+        "--temperature", type=float, help="0 takes the likeliest token; default 0.8, or 1 with --infill"
+    )
+    parser.add_argument("--top_p", type=float, help="default 0.95, or 1 with --infill: end marks are rare words")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    args.temperature = args.temperature if args.temperature is not None else 1.0 if args.infill else 0.8
+    args.top_p = args.top_p if args.top_p is not None else 1.0 if args.infill else 0.95
     if not (args.n > 0 and args.tokens > 0 and args.temperature >= 0 and 0 < args.top_p <= 1):
         parser.error("--n and --tokens are above 0, --temperature is not below 0, --top_p is in (0, 1]")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees none")
     try:
-        prompt = Path(args.prompt[1:]).read_text() if args.prompt.startswith("@") else args.prompt
-        model, encoding, _ = load_model(args.checkpoint, args.device)
+        prompt, *around = map(text_of, (args.prompt, *(args.infill or ())))
+        model, encoding, state = load_model(args.checkpoint, args.device)
         if encoding is None:
             raise tokenizer.TokenizerError(
                 "this checkpoint's data named no tokenizer, so ids cannot be turned into text"
             )
-    except (checkpoint.CheckpointError, tokenizer.TokenizerError, UnicodeDecodeError, OSError) as error:
+        layout = args.layout or trained_layout(state["config"])
+        if around and not layout:
+            raise infill.InfillError(f"{args.checkpoint} was not trained to infill; try another, or say --layout")
+        needed = infill.Codegen2() if layout == "codegen2" else infill.Fim()
+        vocabulary = infill.Vocabulary(encoding, [needed]) if around else None
+    except (checkpoint.CheckpointError, tokenizer.TokenizerError, infill.InfillError, ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     for i in range(args.n):
         generator = torch.Generator(args.device).manual_seed(args.seed + i)
         how = {"max_new_tokens": args.tokens, "temperature": args.temperature, "top_p": args.top_p}
-        print(prompt, end="", flush=True)
-        for piece in complete(model, encoding, prompt, generator=generator, **how):
-            print(piece, end="", flush=True)
+        how["generator"] = generator
+        if around:
+            middle, stopped = fill(model, vocabulary, *around, layout, heal=not args.no_healing, **how)
+            print(around[0] + middle.decode(errors="replace") + around[1], end="", flush=True)
+            if not stopped:
+                print("\nsample.py: the answer was cut off, no end mark came; try --tokens", file=sys.stderr)
+        else:
+            print(prompt, end="", flush=True)
+            for piece in complete(model, encoding, prompt, **how):
+                print(piece, end="", flush=True)
         print("\n" + "-" * 80 if i + 1 < args.n else "")
     return 0
 

@@ -41,13 +41,15 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
+import infill
 import processes
 import tokenizer
 from checkpoint import CheckpointError
 from configurator import ConfigError, coerce, read_command_line
-from kernels import backend
+from infill import InfillError, Vocabulary
+from kernels import backend, batch_mask
 from machine import describe, find_device, keep_memory, synchronize
-from mix import Mix, MixError, Source, check_identity
+from mix import Mix, MixError, Source, check_identity, epoch_keys
 from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
 from processes import PeerError, Stop, Stopped, from_first, gather, rank, together, world
 from tokenizer import TokenizerError
@@ -78,6 +80,8 @@ class Config:
     mup_base: int = 256  # width whose learning rate is meant by lr; 0: no muP
     # data
     mix: dict = field(default_factory=lambda: {"text": 0.5, "code": 0.5})  # source -> weight
+    objective: dict = field(default_factory=dict)  # source, or "*" for the others -> fim(0.9), codegen2(0.5), prefix(1)
+    doc_mask: bool = False  # see only the own document, and count positions from its start
     epochs_max: float = 0.0  # refuse a plan that repeats a source more often, over all phases; 0: no limit
     source_tokens: dict = field(default_factory=dict)  # source -> tokens: lets --plan count epochs without the data
     skip: list = field(
@@ -141,10 +145,24 @@ class Config:
                 raise ConfigError(f"{name} = {value} is not below 1")
         if not self.mix or not all(isinstance(source, str) for source in self.mix):
             raise ConfigError(f"mix = {self.mix!r} names no sources; for example {{'text': 0.5, 'code': 0.5}}")
+        if unknown := sorted({*self.objective} - {*self.mix, "*"}):
+            raise ConfigError(f"objective names {', '.join(unknown)}, but mix only {', '.join(self.mix)}")
+        try:  # as text, each in one form, for logs and checkpoints
+            self.objective = {name: str(infill.parse(law) or "causal") for name, law in self.objective.items()}
+        except InfillError as error:
+            raise ConfigError(str(error)) from None
+        if self.doc_mask and any(law and law.level == "row" for law in self.laws().values()):
+            raise ConfigError("doc_mask keeps documents apart that an objective with level='row' joins: choose one")
         for pair in self.skip:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)
                     and 0 <= pair[0] < pair[1]):  # fmt: skip
                 raise ConfigError(f"skip = {self.skip!r} is not a list of (first sample, sample after the last)")
+
+    def laws(self):
+        """{source: law of infill.py} for the sources of mix that have one."""
+        every = self.objective.get("*", "causal")
+        laws = {name: infill.parse(self.objective.get(name, every)) for name in self.mix}
+        return {name: law for name, law in laws.items() if law}
 
 
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
@@ -223,16 +241,17 @@ class Phase:
         return self.rows // self.micro // world()
 
 
-def build_phases(named, windows, start, tokens):
+def build_phases(named, windows, start, tokens, vocabulary=None):
     """Configs -> Phases, each with its mix beginning where the one before leaves every source.
 
     windows: {name: Source, or its number of windows}. start: {name: windows drawn before}. tokens: trained before.
+    vocabulary: of infill.py, if anything is to be rearranged or masked.
     """
     phases = []
     for name, cfg in named:
         steps, rows, micro = phase_steps(name, cfg)
         try:
-            mix = Mix(windows, cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max, cfg.skip)
+            mix = Mix(windows, cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max, cfg.skip, cfg.laws(), vocabulary)
         except MixError as error:
             raise MixError(f"{name}: {error}") from None
         phases.append(Phase(name, cfg, steps, rows, micro, mix, tokens))
@@ -294,6 +313,22 @@ def print_phase(phase):
         drawn, windows = (last[name] - first[name]) * cfg.block_size, phase.mix.windows[name]
         print(f"         {name:<24} {quota / phase.mix.period:8.3%} {si(drawn):>8} tokens   epochs"
               f" {first[name] / windows:.2f} -> {last[name] / windows:.2f}")  # fmt: skip
+        if law := phase.mix.laws.get(name):
+            print(f"         {'':<24} {law}{survey(phase.mix, name)}")
+
+
+def survey(mix, name, rows=512):
+    """What a source's law does to the first windows of a phase, in words; nothing where the data is not here."""
+    if mix.vocabulary is None or not all(isinstance(source, Source) for source in mix.sources.values()):
+        return ""
+    rows, source, prefix = mix.batch(0, min(mix.samples, rows))
+    mine = source == mix.names.index(name)
+    if not mine.any():
+        return ""
+    law, prefix = mix.laws[name], None if prefix is None else prefix[mine]
+    moved, trained = infill.survey(rows[mine], prefix, law.level, mix.vocabulary)
+    what = "documents" if law.level == "document" else "windows"
+    return f": {moved:.1%} of {what}, {trained:.1%} of tokens trained on, in the first {mine.sum():,} windows"
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -332,9 +367,25 @@ def the_tokenizer(sources):
     return meta, encoding
 
 
-def held_out(cfg, sources, encoding):
-    """What every evaluation reads: {name: (rows (n, block_size + 1) uint16, bytes behind their targets or None)}."""
-    sets = {}
+def the_vocabulary(named, encoding):
+    """What infill.py needs to know of the tokenizer, None if nothing is rearranged or masked."""
+    laws = [law for _, cfg in named for law in cfg.laws().values()]
+    if not laws and not any(cfg.doc_mask for _, cfg in named):
+        return None
+    if encoding is None:
+        raise ConfigError("objective and doc_mask need marks between documents, but the data names no tokenizer")
+    return Vocabulary(encoding, laws)
+
+
+def held_out(named, sources, encoding, vocabulary):
+    """What every evaluation reads: {(source, kind): (rows, uint16 (n, block_size + 1); targets, int64 (n, block_size),
+    -1 where none; bytes behind the targets, or None)}.
+
+    kind: "" for the source's held-out windows as they are. If any phase trains it to infill also "middle", a hole in
+    each of these windows, after prefix and suffix, and "alone", the same holes after their prefix.
+    """
+    cfg, sets = named[0][1], {}
+    laws = {name: law for _, c in reversed(named) for name, law in c.laws().items() if type(law) is not infill.Prefix}
     for name, trained in sources.items():
         folder, meta = Path(cfg.data) / name, trained.meta
         if meta["val"]["tokens"] <= cfg.block_size if meta else not (folder / "val.bin").exists():
@@ -342,8 +393,30 @@ def held_out(cfg, sources, encoding):
             continue
         source = Source(folder, "val", cfg.block_size)
         rows = source.rows(0, min(source.windows, max(1, cfg.eval_tokens // cfg.block_size)))
-        sets[name] = rows, int(tokenizer.byte_lengths(encoding)[rows[:, 1:]].sum(dtype=np.int64)) if encoding else None
-    return sets
+        sets[name, ""] = rows, rows[:, 1:].astype(np.int64)
+        if name in laws:
+            both = holes(rows, laws[name], cfg.seed, vocabulary)
+            sets |= {(name, kind): some for kind, some in zip(("middle", "alone"), both, strict=True) if some}
+    lengths = encoding and np.append(tokenizer.byte_lengths(encoding), 0).astype(np.int64)  # of target -1: 0
+    return {key: (*both, int(lengths[both[1]].sum()) if encoding else None) for key, both in sets.items()}
+
+
+def holes(rows, law, seed, vocabulary):
+    """(rows, targets), as for `held_out`, of a hole in each window's longest document, with the suffix and without; or
+    None and None if no window has room for a hole."""
+    layout, eot = infill.layout(law), vocabulary.mark("eot")
+    keys = epoch_keys(seed, "holes", np.arange(len(rows))).tolist()
+    cut = getattr(law, "cut", "token")
+    found = [hole for row, key in zip(rows, keys, strict=True) if (hole := infill.hole(row, key, cut, vocabulary))]
+    made = []
+    for with_suffix in (True, False):
+        out, targets = np.full_like(rows, vocabulary.eot), np.full(rows[:, 1:].shape, -1)
+        for i, (before, middle, after) in enumerate(found):
+            before = infill.prompt(before, after, layout, vocabulary) if with_suffix else np.append(eot, before)
+            begin, end = len(before), len(before) + len(middle)
+            out[i, :begin], out[i, begin:end], targets[i, begin - 1 : end - 1] = before, middle, middle
+        made.append((out, targets) if found else None)
+    return made
 
 
 class Feeder:
@@ -353,7 +426,7 @@ class Feeder:
     """
 
     def __init__(self, phase, first_step, device):
-        self.mix, self.micro, self.device = phase.mix, phase.micro, device
+        self.mix, self.micro, self.cfg, self.device = phase.mix, phase.micro, phase.cfg, device
         mine = phase.rows // world()
         first, end = first_step * phase.rows + rank() * mine, phase.steps * phase.rows
         self.slices = (lo for at in range(first, end, phase.rows) for lo in range(at, at + mine, phase.micro))
@@ -365,17 +438,50 @@ class Feeder:
         return None if lo is None else self.thread.submit(self.read, lo, lo + self.micro)
 
     def read(self, lo, hi):
-        rows, source = (torch.from_numpy(array) for array in self.mix.batch(lo, hi))
-        if self.device == "cuda":  # rows travel as uint16, a quarter of the bytes
-            return rows.pin_memory(), source.pin_memory()
-        return rows.long(), source
+        tensors = read_batch(self.mix, self.cfg, lo, hi)
+        if self.device == "cuda":
+            return [tensor if tensor is None else tensor.pin_memory() for tensor in tensors]
+        return tensors
 
     def __call__(self):
-        """-> tokens (micro, T), targets (micro, T), source (micro,), all int64 on the device."""
-        rows, source = self.future.result()
+        """A micro-batch as `place_batch` makes it."""
+        tensors = self.future.result()
         self.future = self.submit()
-        rows = rows.to(self.device, non_blocking=True).long()
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), source.to(self.device, non_blocking=True)
+        return place_batch(tensors, self.mix, self.cfg, self.device)
+
+
+def read_batch(mix, cfg, lo, hi):
+    """Samples lo to hi - 1 -> rows, source, prefix as Mix.batch has them and, if cfg.doc_mask, document and place of
+    every token: tensors, or None."""
+    arrays = mix.batch(lo, hi)
+    arrays += infill.documents(arrays[0], mix.vocabulary) if cfg.doc_mask else (None, None)
+    return [array if array is None else torch.from_numpy(array) for array in arrays]
+
+
+def place_batch(tensors, mix, cfg, device):
+    """What `read_batch` read -> tokens (B, T), targets (B, T), -1 where none, source (B,): int64, on the device; and what
+    else the model is to be given, by name."""
+    if device != "cuda":  # where rows travel as uint16, a quarter of the bytes; not every device knows those
+        tensors = [tensor if tensor is None else tensor.long() for tensor in tensors]
+    rows, source, prefix, doc, place = (
+        tensor if tensor is None else tensor.to(device, non_blocking=True).long() for tensor in tensors
+    )
+    targets = rows[:, 1:].clone()  # of one row, contiguous() would be a view
+    if mix.laws:
+        targets[targets == mix.vocabulary.pad] = -1
+    if prefix is not None:
+        targets[prefix[:, 1:] > 0] = -1
+    if doc is not None:  # what follows the last span that is told is the next document
+        targets[(doc[:, 1:] != doc[:, :-1]) & (rows[:, :-1] == mix.vocabulary.eom)] = -1
+    return rows[:, :-1].contiguous(), targets, source, attention_inputs(prefix, doc, place, cfg)
+
+
+def attention_inputs(prefix, doc, place, cfg):
+    """Of rows (B, T + 1), on the device, None where all is causal -> keywords of the model: its mask and positions."""
+    if prefix is None and doc is None:
+        return {}
+    prefix, doc, place = (some if some is None else some[:, :-1].contiguous() for some in (prefix, doc, place))
+    return {"mask": batch_mask(cfg.block_size, prefix, doc, find_device(cfg)[1]), "pos": place}
 
 
 # ---------------------------------------------------------------------------------------------- model and optimizer
@@ -513,44 +619,53 @@ class Log:
 
 
 @torch.no_grad()
-def evaluate(model, sets, micro, device, stop):
-    """Per source: mean loss in nats a token, and bits per byte, over its held-out windows; None if `stop` came up.
+def evaluate(model, sets, phase, vocabulary, device, stop):
+    """Of each source's held-out windows: mean loss in nats a token, and bits per byte; of its holes bits per byte with
+    the suffix (middle_bpb) and without (alone_bpb). None if `stop` came up.
 
     Bits per byte = sum of losses / ln 2 / bytes of UTF-8 behind the targets; special ids stand for no bytes. The
     processes share the windows.
     """
-    losses = accumulator([0.0] * len(sets), device)
+    losses, micro = accumulator([0.0] * len(sets), device), phase.micro
     try:
-        for i, (rows, _) in enumerate(sets.values()):
+        for i, (rows, targets, _) in enumerate(sets.values()):
             for lo in range(rank() * micro, rank() * micro + len(rows), micro * world()):  # equally often everywhere
                 if stop.agreed():
                     return None
-                batch = torch.zeros(micro, rows.shape[1], dtype=torch.long)  # always one shape, so compiled once
-                some = torch.from_numpy(rows[lo : lo + micro]).long()
-                batch[: len(some)] = some
-                tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-                targets[len(some) :] = -1
-                losses[i] += model(tokens.to(device), targets.to(device))[1].to(losses.dtype).sum()
+                some, goal = np.zeros((micro, rows.shape[1]), np.uint16), np.full((micro, targets.shape[1]), -1)
+                n = len(rows[lo : lo + micro])  # always one shape, so compiled once
+                some[:n], goal[:n] = rows[lo : lo + micro], targets[lo : lo + micro]
+                doc, place = infill.documents(some, vocabulary) if phase.cfg.doc_mask else (None, None)
+                tokens, goal, doc, place = (
+                    array if array is None else torch.from_numpy(array).long().to(device)
+                    for array in (some, goal, doc, place)
+                )  # fmt: skip
+                how = attention_inputs(None, doc, place, phase.cfg)
+                losses[i] += model(tokens[:, :-1].contiguous(), goal, **how)[1].to(losses.dtype).sum()
     finally:
         for module in model.modules():  # FSDP would keep the gathered weights for a backward pass
             if isinstance(module, FSDPModule):
                 module.reshard()
     all_reduce(losses)
     result = {}
-    for (name, (rows, n_bytes)), loss in zip(sets.items(), losses.tolist(), strict=True):
-        n_tokens = rows[:, 1:].size
-        bpb = loss / math.log(2) / n_bytes if n_bytes else None
-        result[name] = {"loss": loss / n_tokens, "bpb": bpb, "tokens": n_tokens}
+    for ((name, kind), (_, targets, n_bytes)), loss in zip(sets.items(), losses.tolist(), strict=True):
+        n_tokens, bpb = int((targets >= 0).sum()), loss / math.log(2) / n_bytes if n_bytes else None
+        if kind:
+            result[name][f"{kind}_bpb"] = bpb
+        else:
+            result[name] = {"loss": loss / n_tokens, "bpb": bpb, "tokens": n_tokens}
     return result
 
 
-def add_losses(sums, token_loss, source):
-    """Add a micro-batch to sums (2, K): summed loss and tokens of each source. token_loss (B, T); source (B,) < K.
+def add_losses(sums, token_loss, targets, source):
+    """Add a micro-batch to sums (2, K): summed loss and trained tokens of each source. token_loss, targets (B, T);
+    source (B,) < K.
 
     A product with the membership matrix, not a scatter: additions then have one order, and sums one last bit.
     """
     member = (source == torch.arange(sums.shape[1], device=sums.device)[:, None]).to(sums.dtype)  # (K, B)
-    sums += torch.stack((member @ token_loss.detach().to(sums.dtype).sum(1), member.sum(1) * token_loss.shape[1]))
+    of_rows = torch.stack((token_loss.detach().to(sums.dtype).sum(1), (targets >= 0).sum(1).to(sums.dtype)))
+    sums += of_rows @ member.T
 
 
 def set_aside(folder):
@@ -623,13 +738,14 @@ def rehearse(model, phase, device, stop):
 
     Stopped if a signal came: before every block, because to compile them all may take longer than a cluster waits.
     """
-    rows = torch.from_numpy(phase.mix.batch(0, phase.micro)[0]).long().to(device)
+    batch = read_batch(phase.mix, phase.cfg, 0, phase.micro)
+    tokens, targets, _, how = place_batch(batch, phase.mix, phase.cfg, device)
     hooks = [block.register_forward_pre_hook(lambda *_: stop.here()) for block in model.blocks]
     for last in (phase.micro_steps == 1, True):  # the first one compiles; its gradients stay if they will in training
         end_of_batch(model, phase.cfg, last)
         synchronize(device)
         start = time.perf_counter()
-        loss, _, _ = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), phase.cfg.z_loss, phase.cfg.batch)
+        loss, _, _ = model(tokens, targets, phase.cfg.z_loss, phase.cfg.batch, **how)
         stop.here()
         loss.backward()
         if last:
@@ -637,7 +753,7 @@ def rehearse(model, phase, device, stop):
         synchronize(device)
         while hooks:
             hooks.pop().remove()
-    return world() * rows[:, 1:].numel() / (time.perf_counter() - start)
+    return world() * tokens.numel() / (time.perf_counter() - start)
 
 
 def end_of_batch(model, cfg, last):
@@ -656,13 +772,13 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     """
     cfg, step_sums = phase.cfg, torch.zeros_like(sums)
     for n in range(1, phase.micro_steps + 1):
-        tokens, targets, source = feeder()
+        tokens, targets, source, how = feeder()
         end_of_batch(model, cfg, n == phase.micro_steps)
         # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over this process's part of the batch,
         # and the mean of those over processes, which FSDP takes, that over the batch
-        loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch // world())
+        loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch // world(), **how)
         loss.backward()
-        add_losses(step_sums, token_loss, source)
+        add_losses(step_sums, token_loss, targets, source)
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
     # squares summed in fp64, so that the norm does not depend on how many shards they lie in
     norms = torch.stack(torch._foreach_norm(grads, 2, dtype=sums.dtype))
@@ -686,11 +802,16 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     return lr, norm
 
 
+def in_bits(v):
+    if not v["bpb"]:
+        return ""
+    infilled = f", middle {v['middle_bpb']:.4f}, without suffix {v['alone_bpb']:.4f}" if "middle_bpb" in v else ""
+    return f" ({v['bpb']:.4f} bits/byte{infilled})"
+
+
 def log_evaluation(log, phase, step, values):
     log.write(step, {"val": values})
-    each = "   ".join(
-        f"{name} {v['loss']:.4f}" + (f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "") for name, v in values.items()
-    )
+    each = "   ".join(f"{name} {v['loss']:.4f}{in_bits(v)}" for name, v in values.items())
     tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {each}")
 
 
@@ -790,7 +911,7 @@ def train_phase(run, phase, state, parent):
     since, done = (time.perf_counter(), step), False  # where the log line under way began
     while (why := run.stop.agreed(saver.failed())) != "failed":
         if not why and evaluated != step and (step in (0, phase.steps) or due(cfg.eval_every)):
-            if (values := evaluate(model, run.sets, phase.micro, run.device, run.stop)) is None:
+            if (values := evaluate(model, run.sets, phase, mix.vocabulary, run.device, run.stop)) is None:
                 continue  # and hear why
             log_evaluation(log, phase, step, values)
             evaluated, since = step, (time.perf_counter(), step)
@@ -831,6 +952,9 @@ def report(phase):
         before, after = evaluations[0][name], evaluations[-1][name]
         bits = f"   {before['bpb']:16.4f} {after['bpb']:8.4f}" if before["bpb"] else ""
         print(f"         {name:<22} {before['loss']:11.4f} {after['loss']:8.4f}{bits}")
+        for what, key in (("middles of holes", "middle_bpb"), ("without suffix", "alone_bpb")):
+            if key in before and key in after:
+                print(f"           {what:<20} {'':>20}   {before[key]:16.4f} {after[key]:8.4f}")
 
 
 def show_changes(saved, cfg):
@@ -906,15 +1030,16 @@ def train(named, fresh, stop):
         meta, encoding = the_tokenizer(sources)
         with torch.device("meta"):
             model = GPT(model_config(cfg, count_ids(cfg, meta, sources)), dtype)
-        phases = build_phases(named[start.index :], sources, *start.position)
+        vocabulary = the_vocabulary(named, encoding)
+        phases = build_phases(named[start.index :], sources, *start.position, vocabulary)
         if start.folder:
             check_start(start, model, meta, sources, phases[0])
-        sets = held_out(cfg, sources, encoding)
+        sets = held_out(named, sources, encoding, vocabulary)
         weights = checkpoint.weights_sha256(start.folder) if start.folder else None
     check_same({
         **{name: dataclasses.asdict(c) for name, c in named}, "torch": torch.__version__, "arithmetic": str(dtype),
         "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": weights,
-        "held out": {name: hashlib.sha256(rows).hexdigest() for name, (rows, _) in sets.items()},
+        "held out": {key: hashlib.sha256(rows).hexdigest() for key, (rows, _, _) in sets.items()},
     })  # fmt: skip
     phases = phases[start.done :]
     if not phases:
@@ -1019,8 +1144,9 @@ def show_plan(named):
     if cfg.init_from:
         state = checkpoint.load_state(checkpoint.find(cfg.init_from))
         start, tokens = state["drawn"], state["tokens"]
-    phases = build_phases(named, sources, start, tokens)
-    meta, _ = the_tokenizer({name: source for name, source in sources.items() if isinstance(source, Source)})
+    meta, encoding = the_tokenizer({name: source for name, source in sources.items() if isinstance(source, Source)})
+    opened = any(isinstance(source, Source) for source in sources.values())
+    phases = build_phases(named, sources, start, tokens, the_vocabulary(named, encoding) if opened else None)
     vocab_real = meta["vocab_size"] if meta else cfg.vocab_size or tokenizer.load().n_vocab
     with torch.device("meta"):
         model = GPT(model_config(cfg, vocab_real))
@@ -1042,7 +1168,7 @@ def run_command(named, flags, refused, stop):
             train(named, "fresh" in flags and not again, stop)
     except Stopped as signal_name:
         print(f"{signal_name}: stopped before a step was made; the same command begins again")
-    except (ConfigError, MixError, CheckpointError, TokenizerError, OSError, LossError) as error:
+    except (ConfigError, MixError, InfillError, CheckpointError, TokenizerError, OSError, LossError) as error:
         if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
             print(f"train.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, LossError) else 2
@@ -1052,7 +1178,7 @@ def run_command(named, flags, refused, stop):
 def main(argv):
     named, flags, refused = [], set(), None
     try:
-        named, flags = read_command_line(argv, Config, PRESETS, ("plan", "fresh", "help"))
+        named, flags = read_command_line(argv, Config, PRESETS, ("plan", "fresh", "help"), infill.OBJECTIVES)
     except ConfigError as error:
         refused = error
     if "help" in flags:

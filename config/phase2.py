@@ -4,6 +4,7 @@ from config.phase1 import *
 
 share = 0.6661
 mix = {"text": 0.37, "code": 0.63}
+objective = {"code": fim(0.9)}
 lr = 0.7319 * lr_peak
 lr_end = 0.0114 * lr_peak
 warmup = 0.02

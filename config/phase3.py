@@ -4,6 +4,7 @@ from config.phase1 import *
 
 share = 0.0862
 mix = {"text": 0.17, "code": 0.83}
+objective = {"code": fim(0.3)}
 lr = lr_peak / 6
 lr_end = lr_peak / 60
 warmup = 0.01

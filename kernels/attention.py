@@ -1,60 +1,75 @@
-"""Attention under three masks: causal, prefix-LM and within documents. Who computes what:
+"""Attention under three masks, alone or together: causal, prefix-LM and within documents. Who computes what:
 
 | where | causal | prefix, document |
 |---|---|---|
 | CUDA | scaled_dot_product_attention: cuDNN or flash, torch chooses | FlexAttention, which skips empty blocks |
-| elsewhere, up to 1,024 positions | plain products | scaled_dot_product_attention with a dense mask |
-| elsewhere, longer | scaled_dot_product_attention | the same |
+| elsewhere, up to 1,024 positions | plain products | the same, with the mask added |
+| elsewhere, longer | scaled_dot_product_attention | the same, with the mask added |
 
 There is no kernel of ours here: PyTorch brings the fast ones. `torch.backends.cuda.enable_cudnn_sdp(False)` leaves
 cuDNN out, should it ever be to blame for a NaN.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+ROWS = 128  # queries that plain products take at a time
 
-def visible(mode, prefix=None, doc=None, shift=0):
+
+def visible(prefix=None, doc=None, shift=0):
     """The rule of a mask as a function of (batch, head, query, key) indices, in FlexAttention's form; see
     `attention_mask`. shift: position of the first query."""
-    if mode == "causal":
-        return lambda b, h, q, k: q + shift >= k
-    if mode == "prefix":
-        return lambda b, h, q, k: (q + shift >= k) | (k < prefix[b])
-    if mode == "document":
-        return lambda b, h, q, k: (q + shift >= k) & (doc[b, q + shift] == doc[b, k])
-    raise ValueError(f"attention mode {mode!r} is not causal, prefix or document")
+
+    def rule(b, h, q, k):
+        q = q + shift
+        seen = q >= k
+        if prefix is not None:
+            seen = seen | ((prefix[b, q] == prefix[b, k]) & (prefix[b, k] > 0))
+        if doc is not None:
+            seen = seen & (doc[b, q] == doc[b, k])
+        return seen
+
+    return rule
 
 
-def attention_mask(Tq, Tk, mode="causal", prefix=None, doc=None, device=None):
-    """Boolean mask, True where a query may look: (Tq, Tk), or (B, 1, Tq, Tk) for `prefix` and `document`.
+def attention_mask(Tq, Tk, prefix=None, doc=None, device=None):
+    """Boolean mask, True where a query may look: (Tq, Tk), or (B, 1, Tq, Tk) with `prefix` or `doc`.
 
-    Queries are the last Tq of the Tk positions. prefix: (B,) integer prefix lengths, looked at from both sides inside
-    the prefix (Raffel et al., arXiv 1910.10683). doc: (B, Tk) integer document number of each position.
+    Queries are the last Tq of the Tk positions. prefix: (B, Tk) integer, the number of the prefix that a position is
+    in, 0 for none; a prefix sees itself from both sides (Raffel et al., arXiv 1910.10683). doc: (B, Tk) integer, the
+    number of its document, beyond which nothing is seen.
     """
     q, k = torch.arange(Tq, device=device)[:, None], torch.arange(Tk, device=device)[None, :]
-    rule = visible(mode, prefix, doc, Tk - Tq)
-    if mode == "causal":
+    rule = visible(prefix, doc, Tk - Tq)
+    if prefix is None and doc is None:
         return rule(0, 0, q, k)
-    b = torch.arange(len(prefix if mode == "prefix" else doc), device=device)[:, None, None, None]
+    b = torch.arange(len(doc if prefix is None else prefix), device=device)[:, None, None, None]
     return rule(b, 0, q, k)
 
 
-def batch_mask(T, mode, prefix=None, doc=None):
+class DenseMask(NamedTuple):
+    bias: torch.Tensor  # (B, 1, T, T), 0 where a query may look, else -inf
+    causal: bool  # no query looks at a later key, so those need not be multiplied
+
+
+def batch_mask(T, prefix=None, doc=None, dtype=torch.float32):
     """The mask of one batch for all its layers, to be given to `attention`: build it once, outside the model.
 
-    For tensors prefix or doc on CUDA a BlockMask of blocks of 128; elsewhere the dense one of `attention_mask`. None
-    for `causal`, which needs none.
+    For tensors prefix or doc on CUDA a BlockMask of blocks of 128; elsewhere a DenseMask for arithmetic in `dtype`.
+    None if there is neither: causal attention needs none.
     """
-    if mode == "causal":
+    if prefix is None and doc is None:
         return None
-    per_row = prefix if mode == "prefix" else doc
-    if not per_row.is_cuda:
-        return attention_mask(T, T, mode, prefix, doc, per_row.device)
-    return create_block_mask(visible(mode, prefix, doc), len(per_row), None, T, T, per_row.device, BLOCK_SIZE=128)
+    some = doc if prefix is None else prefix
+    if some.is_cuda:
+        return create_block_mask(visible(prefix, doc), len(some), None, T, T, some.device, BLOCK_SIZE=128)
+    seen = attention_mask(T, T, prefix, doc, some.device)
+    bias = torch.zeros(seen.shape, dtype=dtype, device=some.device).masked_fill_(~seen, float("-inf"))
+    return DenseMask(bias, prefix is None)
 
 
 @functools.cache
@@ -63,39 +78,45 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def dense_causal(q, k, v, scale, rows=128):
-    """Causal attention from plain products, `rows` queries at a time, each against the keys up to its last one.
+def plain(q, k, v, scale, mask=None):
+    """Attention from plain products, ROWS queries at a time, each against the keys that it can see.
 
     On a CPU, contexts up to 1,024 train twice as fast so in bf16 as with scaled_dot_product_attention, whose backward
-    is slow there, and no slower in fp32. Keeps about B * H * T^2 / 2 probabilities for the backward.
+    is slow there, and no slower in fp32. Keeps about B * H * T^2 / 2 probabilities for the backward. mask: DenseMask.
     """
     T, out = q.shape[2], []
     q = q * scale
-    for i in range(0, T, rows):
-        j = min(i + rows, T)
-        future = torch.full((j - i, j), float("-inf"), dtype=q.dtype, device=q.device).triu_(1 + i)
-        out.append(torch.softmax(q[:, :, i:j] @ k[:, :, :j].transpose(-1, -2) + future, dim=-1) @ v[:, :, :j])
+    for i in range(0, T, ROWS):
+        j = min(i + ROWS, T)
+        if mask is None:
+            end, bias = j, torch.full((j - i, j), float("-inf"), dtype=q.dtype, device=q.device).triu_(1 + i)
+        else:
+            end = j if mask.causal else T
+            bias = mask.bias[:, :, i:j, :end]
+        out.append(torch.softmax(q[:, :, i:j] @ k[:, :, :end].transpose(-1, -2) + bias, dim=-1) @ v[:, :, :end])
     return torch.cat(out, dim=2)
 
 
-def attention(q, k, v, mode="causal", prefix=None, doc=None, scale=None, mask=None):
+def attention(q, k, v, prefix=None, doc=None, scale=None, mask=None):
     """softmax(scale * q k^T under the mask) v.
 
     q: (B, H, Tq, D); k, v: (B, H, Tk, D), Tk >= Tq: the queries are the last Tq positions, as with a key-value cache.
-    mode, prefix, doc: see `attention_mask`; or `mask`, what `batch_mask` made of them. scale: 1/sqrt(D) unless given;
-    muP wants 1/D (arXiv 2203.03466, section 5). Returns (B, H, Tq, D) in q's dtype.
+    prefix, doc: see `attention_mask`; or `mask`, what `batch_mask` made of them, for Tq = Tk. scale: 1/sqrt(D) unless
+    given; muP wants 1/D (arXiv 2203.03466, section 5). Returns (B, H, Tq, D) in q's dtype.
     """
     Tq, Tk = q.shape[2], k.shape[2]
-    if mask is None and mode == "causal":
-        if Tq == Tk and q.device.type == "cpu" and Tq <= 1024:
-            return dense_causal(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
-        if Tq == Tk:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        if Tq == 1:  # one new token sees everything in the cache
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if mask is None:
-        mask = batch_mask(Tq, mode, prefix, doc) if Tq == Tk else attention_mask(Tq, Tk, mode, prefix, doc, q.device)
+    if mask is None and Tq == Tk:
+        mask = batch_mask(Tq, prefix, doc, q.dtype)
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         return flex(q, k, v, block_mask=mask, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if Tq == Tk and q.device.type == "cpu" and Tq <= 1024:
+        return plain(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, mask)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, scale=scale)
+    if Tq == Tk:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if Tq == 1 and prefix is None and doc is None:  # one new token sees everything in the cache
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    seen = attention_mask(Tq, Tk, prefix, doc, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)

@@ -304,7 +304,7 @@ def entropy(logits, target):
 
 
 def bench_attention():
-    """Causal attention as torch chooses and by its two fast backends, and a prefix mask; 2,048 positions."""
+    """Causal attention as torch chooses and by its two fast backends, and two other masks; 2,048 positions."""
 
     def by(kind, q, k, v):
         with sdpa_kernel(kind):
@@ -316,10 +316,15 @@ def bench_attention():
     T = 2048 if GPU else 32
     for B, H, D in ((16, 12, 64), (16, 16, 64), (16, 16, 128), (4, 32, 128)) if GPU else ((1, 2, 16),):
         q, k, v = (randn(B, T, H, D).transpose(1, 2) for _ in range(3))
-        masked = functools.partial(attention, mask=batch_mask(T, "prefix", torch.full((B,), T // 4, device=DEVICE)))
+        t = torch.arange(T, device=DEVICE).expand(B, T)
+        prefix_mask, document_mask = (
+            batch_mask(T, *which, dtype=torch.bfloat16) for which in ((t < T // 4, None), (None, t // (T // 4)))
+        )
         for what, pass_, products in (("forward", time_forward, 2), ("backward", time_backward, 5)):
             flops = products * B * H * T * T * D  # half of the square, 2 FLOP a multiply-add
-            ways = {"ours": (pass_(attention, q, k, v), "torch"), "prefix mask": (pass_(masked, q, k, v), "torch")}
+            ways = {"ours": (pass_(attention, q, k, v), "torch")}
+            for name, mask in (("prefix mask", prefix_mask), ("document mask", document_mask)):
+                ways[name] = pass_(functools.partial(attention, mask=mask), q, k, v), "torch"
             for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION") if GPU else ():
                 one = functools.partial(by, getattr(SDPBackend, name))
                 ways[name.split("_")[0].lower()] = pass_(one, q, k, v), "torch"

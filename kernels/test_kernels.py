@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
+import itertools
 import json
 import math
 import shutil
@@ -21,6 +22,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import train
 from kernels import add_norm, attention, backend, batch_mask, linear_ce, rope_qkv_, rope_tables, swiglu
@@ -418,46 +421,78 @@ def test_offsets_beyond_two_to_the_31():
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
+WHICH = ["causal", "prefix", "document", "prefix and document"]
+
+
+def draw_masks(T, which, device=DEVICE):
+    """prefix, doc (3, T) or None each."""
+    prefix, t = torch.zeros(3, T, dtype=torch.int32, device=device), torch.arange(T, device=device)[None]
+    prefix[0, : T // 3], prefix[1, 2:5], prefix[1, 7:11], prefix[2] = 1, 1, 2, 1
+    doc = t // torch.tensor([[T // 5], [6], [T]], device=device)
+    return prefix if "prefix" in which else None, doc if "document" in which else None
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["causal", "prefix", "document"])
-def test_attention_under_every_mask(mode, dtype):
-    B, H, T, D = (2, 3, 384, 64) if GPU else (2, 3, 33, 8)
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("T", [33, 200, 1100])  # plain products in one part and in two; torch's own
+def test_attention_under_every_mask(T, which, dtype):
+    B, H, D = 3, 2, 64 if GPU else 8
     q, k, v = (draw(B, H, T, D, dtype=dtype, salt=i) for i in range(3))
-    prefix = torch.tensor([T // 3, 0], device=DEVICE)
-    doc = torch.arange(T, device=DEVICE)[None] // torch.tensor([[T // 5], [T]], device=DEVICE)
-    seen = torch.ones(T, T, device=DEVICE).tril().bool().expand(B, 1, T, T).clone()
-    for b in range(B):
-        if mode == "prefix":
-            seen[b, :, : prefix[b], : prefix[b]] = True
-        elif mode == "document":
-            seen[b] &= doc[b][:, None] == doc[b][None]
+    prefix, doc = draw_masks(T, which)
+    seen = attention_mask(T, T, prefix, doc, DEVICE)
 
     def oracle(q, k, v):
         return [(q @ k.mT / D).masked_fill(~seen, -math.inf).softmax(-1) @ v]
 
-    mask = batch_mask(T, mode, prefix, doc)
+    mask = batch_mask(T, prefix, doc, dtype)
     tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-4 if GPU else 2e-6  # some backends make fp32 of three tf32
     compare(
-        lambda *qkv: [attention(*qkv, scale=1 / D, mode=mode, mask=mask)], oracle,
+        lambda *qkv: [attention(*qkv, scale=1 / D, mask=mask)], oracle,
         [q, k, v], [draw(B, H, T, D, dtype=dtype, salt=9)], [tolerance, *[tolerance * 4] * 3],
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["prefix", "document"])
-def test_the_rule_of_flex_attention_is_the_dense_mask(mode):
-    from torch.nn.attention.flex_attention import create_mask, flex_attention
-
-    T, prefix = 24, torch.tensor([7, 0, 24])
-    doc = torch.arange(T)[None] // torch.tensor([[5], [24], [1]])
-    dense = attention_mask(T, T, mode, prefix, doc)
-    rule = visible(mode, prefix, doc)
-    assert torch.equal(create_mask(rule, 3, 1, T, T, "cpu"), dense)
+@pytest.mark.parametrize("which", WHICH)
+def test_a_mask_is_its_rule_told_pair_by_pair(which):
+    T = 24
+    prefix, doc = draw_masks(T, which, "cpu")
+    seen = torch.zeros(3, 1, T, T, dtype=torch.bool)
+    for b, q, k in itertools.product(range(3), range(T), range(T)):
+        both = prefix is not None and prefix[b, q] == prefix[b, k] != 0
+        seen[b, 0, q, k] = (k <= q or both) and not (doc is not None and doc[b, q] != doc[b, k])
+    assert torch.equal(attention_mask(T, T, prefix, doc).expand_as(seen), seen)
+    assert torch.equal(attention_mask(5, T, prefix, doc).expand(3, 1, 5, T), seen[:, :, -5:])
+    rule = visible(prefix, doc)
+    assert torch.equal(create_mask(rule, 3, 1, T, T, "cpu"), seen)
+    if which != "causal":
+        assert torch.equal(batch_mask(T, prefix, doc).bias == 0, seen)
     q, k, v = draw(3, 3, 2, T, 8).cpu()
     with torch.no_grad():  # FlexAttention has no backward on a CPU
-        block_mask = torch.nn.attention.flex_attention.create_block_mask(rule, 3, None, T, T, "cpu")
+        block_mask = create_block_mask(rule, 3, None, T, T, "cpu")
         got = flex_attention(q, k, v, block_mask=block_mask, scale=0.125)
-        assert torch.allclose(got, attention(q, k, v, scale=0.125, mask=dense), atol=1e-6)
+        assert torch.allclose(got, attention(q, k, v, scale=0.125, prefix=prefix, doc=doc), atol=1e-6)
+
+
+@pytest.mark.parametrize("which", WHICH[1:])
+def test_masks_of_new_batches_need_no_new_compilation(which):
+    T, counter = 256, CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="inductor" if GPU else counter, dynamic=False)
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        doc = (torch.rand(2, T, generator=g) < 0.02).cumsum(1).to(DEVICE)
+        prefix = (torch.arange(T)[None] < torch.randint(0, T, (2, 1), generator=g)).int().to(DEVICE)
+        given = prefix if "prefix" in which else None, doc if "document" in which else None
+        masks = [batch_mask(T, *given)]  # on a GPU a BlockMask
+        if not GPU:
+            masks.append(create_block_mask(visible(*given), 2, None, T, T, DEVICE, BLOCK_SIZE=128))
+        q, k, v = (draw(2, 2, T, 64, salt=seed + i) for i in range(3))
+        with torch.no_grad():
+            for mask in masks:
+                with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+                    got = compiled(q, k, v, mask=mask)
+                assert torch.allclose(got, attention(q, k, v, *given), atol=1e-2 if GPU else 1e-5)
+    assert GPU or counter.frame_count == 2  # of DenseMask and of BlockMask
 
 
 # ------------------------------------------------------------------------------------------------ how they fit in torch

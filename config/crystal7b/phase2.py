@@ -1,7 +1,7 @@
 """Crystal 7B, phase 2 of 3: code mixed in. 214,387 steps, 927.3B tokens.
 
 The other half of SlimPajama, and StarCoderData twice. With SlimPajama's GitHub part 64.7% of the tokens are code.
-Crystal trained 90% of StarCoderData as fill-in-the-middle.
+90% of StarCoderData is trained as fill-in-the-middle.
 """
 
 from config.crystal7b.phase1 import *
@@ -18,5 +18,6 @@ mix = {
     "slimpajama_stackexchange": 0.01178,
     "starcoderdata": 0.62812,
 }
+objective = {"starcoderdata": fim(0.9)}
 lr = 0.0087825  # phase 1's line, after a warmup of its own
 lr_end = 0.00013679

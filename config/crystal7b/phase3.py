@@ -1,8 +1,8 @@
 """Crystal 7B, phase 3 of 3: adaptation to Python and the web, re-warmed to a sixth of the peak.
 
 27,728 steps, 119.9B tokens: three epochs of four languages and a replay of the rest. Crystal replayed the first tenth
-of six SlimPajama parts; here the replay begins their second epoch, in a new order. Crystal trained 30% of the four
-languages as fill-in-the-middle.
+of six SlimPajama parts; here the replay begins their second epoch, in a new order. 30% of the four languages
+and 90% of the rest of the code are trained as fill-in-the-middle.
 """
 
 from config.crystal7b.phase1 import *
@@ -22,6 +22,8 @@ mix = {
     "starcoder_javascript": 0.18371,
     "starcoder_css": 0.08793,
 }
+objective = {"starcoderdata": fim(0.9)}
+objective |= {f"starcoder_{name}": fim(0.3) for name in ("python", "html", "javascript", "css")}
 lr = 0.002
 warmup = 276
 lr_end = 0.0002

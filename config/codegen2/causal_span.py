@@ -1,0 +1,22 @@
+"""CodeGen2 (arXiv 2305.02309) at laptop size, the recipe of its release: code alone; half of the windows causal,
+in the other half spans masked and told after each document.
+
+The block sums attention and MLP of one norm, a quarter of the channels rotates, head and embedding are two matrices,
+and there is a z-loss, as there. Ranges of mask ratio and span length, learning rate and batch were not published:
+codegen2's defaults are ours, and the rate is what this size likes under muP. Betas, decay and the end at 10% are
+CodeGen-1's.
+"""
+
+size = "nano"
+parallel, tie = True, False
+budget = 1e6
+batch = 4096
+mix = {"code": 1, "text": 0}  # text is evaluated, not trained on
+objective = {"code": codegen2(0.5)}
+lr_peak = 0.006
+lr = lr_peak
+lr_end = lr_peak / 10
+decay = "cosine"
+warmup = 0.1
+beta1, beta2 = 0.9, 0.999
+z_loss = 1e-4
