@@ -459,8 +459,8 @@ def read_batch(mix, cfg, lo, hi):
 
 
 def place_batch(tensors, mix, cfg, device):
-    """What `read_batch` read -> tokens (B, T), targets (B, T), -1 where none, source (B,): int64, on the device; and what
-    else the model is to be given, by name."""
+    """What `read_batch` read -> tokens (B, T), targets (B, T), -1 where none, and source (B,), int64 on the device; and
+    what else the model is to be given, by name."""
     if device != "cuda":  # where rows travel as uint16, a quarter of the bytes; not every device knows those
         tensors = [tensor if tensor is None else tensor.long() for tensor in tensors]
     rows, source, prefix, doc, place = (
