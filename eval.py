@@ -75,7 +75,7 @@ def measure(model, vocabulary, holes, layout, **how):
         stops += stopped
         exact += stopped and answer.decode(errors="replace").strip() == middle.strip()
         head, ids, tail = map(encode, (before, middle, after))
-        alone = np.append(vocabulary.mark("eot"), head)
+        alone = np.append(vocabulary.marks["eot"], head)
         losses += nats(model, infill.prompt(head, tail, layout, vocabulary), ids), nats(model, alone, ids)
         n_bytes += len(middle.encode())
     return stops / len(holes), exact / len(holes), *(losses / math.log(2) / n_bytes)

@@ -171,15 +171,12 @@ class Vocabulary:
         ordinary = set(range(encoding.n_vocab)) - set(specials.values())
         self.words = [encoding.decode_single_token_bytes(i) if i in ordinary else b"" for i in range(encoding.n_vocab)]
         self.encode = functools.lru_cache(2**16)(self.encode)
-
-    def mark(self, name):
-        """pre, mid, .. -> uint16 (1,), to be concatenated."""
-        i = getattr(self, name)
-        return self.ids[i : i + 1]
+        self.marks = {name: self.ids[i : i + 1] for name, i in vars(self).items() if type(i) is int}  # to concatenate
 
     def encode(self, part):
-        """Bytes of a part of a word, which may end inside a character -> uint16 (n,)."""
-        return np.array(self.encoding._encode_single_piece(part) if part else [], np.uint16)
+        """Bytes of a part of a word, at least one, which may end inside a character -> uint16 (n,)."""
+        first, *more = self.encoding._encode_single_piece(part)
+        return np.array([first, *more], np.uint16) if more else self.ids[first : first + 1]
 
     @functools.cache  # noqa: B019
     def cuts(self, unit):
@@ -265,7 +262,7 @@ def two_cuts(body, unit, where, vocabulary):
     if not len(body):
         return None
     counts, offsets = vocabulary.cuts(unit)
-    ends = counts[body].cumsum()
+    ends = counts.take(body).cumsum()
     first, last = offsets[body[0]], offsets[body[-1]]
     low = int(bool(first) and first[0] == 0)
     high = int(ends[-1]) - (bool(last) and last[-1] == len(vocabulary.words[body[-1]]))
@@ -284,12 +281,12 @@ def two_cuts(body, unit, where, vocabulary):
 
 def in_order(prefix, middle, suffix, variant, vocabulary):
     """Lists of arrays -> one such list with the marks. variant 0: PSM, 1 and 2: SPM."""
-    pre, suf, mid, eot = map(vocabulary.mark, ("pre", "suf", "mid", "eot"))
+    m = vocabulary.marks
     if variant == 2:
-        return [pre, suf, *suffix, mid, *prefix, *middle, eot]
+        return [m["pre"], m["suf"], *suffix, m["mid"], *prefix, *middle, m["eot"]]
     if variant == 1:
-        return [suf, *suffix, pre, *prefix, mid, *middle, eot]
-    return [pre, *prefix, suf, *suffix, mid, *middle, eot]
+        return [m["suf"], *suffix, m["pre"], *prefix, m["mid"], *middle, m["eot"]]
+    return [m["pre"], *prefix, m["suf"], *suffix, m["mid"], *middle, m["eot"]]
 
 
 def unfim(row, vocabulary, level="document"):
@@ -345,7 +342,7 @@ def crystal_fim(row, key, law, vocabulary):
             parts = [[np.array(vocabulary.encoding.encode_ordinary(part), np.uint16)]
                      for part in (text[:a], text[a:b], text[b:])]  # fmt: skip
             parts = in_order(*parts, chance(order, law.spm) * law.spm_variant, vocabulary)[:-1]
-        out += [*parts, vocabulary.mark("eot")]
+        out += [*parts, vocabulary.marks["eot"]]
     out.append(np.full(len(row), vocabulary.pad, np.uint16))
     return np.concatenate(out)[: len(row)]
 
@@ -404,9 +401,9 @@ def told(body, room, key, law, vocabulary):
     for i, (begin, length) in enumerate(zip((slot + starts).tolist(), (ends - starts).tolist(), strict=True)):
         mask = vocabulary.ids[vocabulary.masks[0] + i :][:1]
         parts += [body[at:begin], mask]
-        answers += [mask, body[begin : begin + length], vocabulary.mark("eom")]
+        answers += [mask, body[begin : begin + length], vocabulary.marks["eom"]]
         at = begin + length
-    return n, [*parts, body[at:n], vocabulary.mark("eot"), vocabulary.mark("sep"), *answers]
+    return n, [*parts, body[at:n], vocabulary.marks["eot"], vocabulary.marks["sep"], *answers]
 
 
 def uncorrupt(row, vocabulary, level="document"):
@@ -469,7 +466,10 @@ def rearrange(rows, keys, law, vocabulary):
     if isinstance(law, Prefix):
         return rows, np.stack([prefix(row, key, law, vocabulary) for row, key in zip(rows, keys.tolist(), strict=True)])
     move = fim if isinstance(law, Fim) else corrupt
-    return np.stack([move(row, key, law, vocabulary) for row, key in zip(rows, keys.tolist(), strict=True)]), None
+    out = np.empty_like(rows)
+    for row, key, to in zip(rows, keys.tolist(), out, strict=True):
+        to[:] = move(row, key, law, vocabulary)
+    return out, None
 
 
 def hole(row, key, cut, vocabulary):
@@ -498,9 +498,9 @@ def prompt(before, after, layout, vocabulary):
     v = vocabulary
     if layout == "codegen2":
         mask = v.ids[v.masks[0] :][:1]
-        return np.concatenate([v.mark("eot"), before, mask, after, v.mark("eot"), v.mark("sep"), mask])
+        return np.concatenate([v.marks["eot"], before, mask, after, v.marks["eot"], v.marks["sep"], mask])
     parts = in_order([before], [], [after], LAYOUTS.index(layout), v)
-    return np.concatenate([v.mark("eot"), *parts[:-1]])
+    return np.concatenate([v.marks["eot"], *parts[:-1]])
 
 
 def survey(rows, prefix, level, vocabulary):

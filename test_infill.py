@@ -522,7 +522,7 @@ def test_bits_of_middles_are_those_of_the_holes_after_their_prompts(phases, tmp_
                 assert b"".join(vocabulary.words[i] for part in hole for i in part) in b"".join(
                     vocabulary.words[i] for i in row
                 )
-                alone = np.append(vocabulary.mark("eot"), before)
+                alone = np.append(vocabulary.marks["eot"], before)
                 for k, ids in enumerate((infill.prompt(before, after, layout, vocabulary), alone)):
                     bits[k] += evaluation.nats(model, ids, middle) / math.log(2)
                 n_bytes += sum(len(vocabulary.words[i]) for i in middle)

@@ -404,7 +404,7 @@ def held_out(named, sources, encoding, vocabulary):
 def holes(rows, law, seed, vocabulary):
     """(rows, targets), as for `held_out`, of a hole in each window's longest document, with the suffix and without; or
     None and None if no window has room for a hole."""
-    layout, eot = infill.layout(law), vocabulary.mark("eot")
+    layout, eot = infill.layout(law), vocabulary.marks["eot"]
     keys = epoch_keys(seed, "holes", np.arange(len(rows))).tolist()
     cut = getattr(law, "cut", "token")
     found = [hole for row, key in zip(rows, keys, strict=True) if (hole := infill.hole(row, key, cut, vocabulary))]
