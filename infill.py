@@ -52,13 +52,13 @@ def below(x, size):
 
 
 def draws(key, number, n):
-    """n scrambled ints for document `number` of the window with this key; number -1: for the window itself."""
-    base = scramble((key + (number + 1) * GOLDEN) & WORD)
-    return [scramble((base + i * GOLDEN) & WORD) for i in range(n)]
+    """n <= 4 scrambled ints for document `number` of the window with this key; number -1: for the window itself."""
+    start = key + 4 * (number + 1) * GOLDEN
+    return [scramble((start + i * GOLDEN) & WORD) for i in range(n)]
 
 
 def chance(x, rate):
-    return x < int(rate * 2**64)
+    return x < rate * 2.0**64
 
 
 # -------------------------------------------------------------------------------------------------------------- laws
@@ -204,30 +204,44 @@ def pieces(row, level, vocabulary):
 
 
 def fim(row, key, law, vocabulary):
-    """A window with `law.rate` of its documents in an order for infilling. uint16 (W,), int -> uint16 (W,)."""
+    """A window with `law.rate` of its documents in an order for infilling. uint16 (W,), int -> uint16 (W,).
+
+    The document that the window's end cuts off is cut once more, at any place, in two pieces. Otherwise the middles of
+    long documents would all end where windows end, and a model learns to stop there and not where the suffix begins. A
+    pad after the first one's end mark says that the document goes on.
+    """
     if law.faithful:
         return crystal_fim(row, key, law, vocabulary)
     out, room = [row[:0]], len(row)
-    for number, (begin, end) in enumerate(pieces(row, law.level, vocabulary)):
-        flip, order, *where = draws(key, number, 4)
-        parts = None
+    bounds = pieces(row, law.level, vocabulary)
+    if law.level == "document" and bounds and row[-1] != vocabulary.eot:
+        begin, end = bounds.pop()
+        cut = begin + below(draws(key, -1, 1)[0], end - begin)
+        bounds += [(begin, cut), (cut, end)] if cut > begin else [(begin, end)]
+    for number, (begin, end) in enumerate(bounds):
+        flip, *where = draws(key, number, 3)
+        parts, length = None, min(end - begin, room)
         if chance(flip, law.rate):
             ended = row[end - 1] == vocabulary.eot
             body = row[begin : max(begin, min(end - ended, begin + room - 4))]  # four marks
-            parts = three_parts(body, room - 4, law.cut, where, vocabulary)
+            parts, length = three_parts(body, room - 4, law.cut, where, vocabulary) or (None, length)
         if parts:
-            parts = in_order(*parts, chance(order, law.spm) * law.spm_variant, vocabulary)
+            order = where[0] << 32 & WORD  # its low half, which chooses no cut
+            out += in_order(*parts, chance(order, law.spm) * law.spm_variant, vocabulary)
+            room -= length + 4
+            if room and not ended and end < len(row):
+                out.append(vocabulary.marks["pad"])
+                room -= 1
         else:
-            parts = [row[begin : min(end, begin + room)]]
-        out += parts
-        room -= sum(map(len, parts))
+            out.append(row[begin : begin + length])
+            room -= length
         if not room:
             break
     return np.concatenate(out)
 
 
 def three_parts(body, room, cut, where, vocabulary):
-    """A body -> prefix, middle and suffix, lists of arrays of at least one and together of at most `room` ids; or None.
+    """A body -> (prefix, middle, suffix), lists of arrays, none of them empty; how many ids, at most `room`. Or None.
 
     where: two scrambled ints. Words that a cut goes through are encoded anew, each by itself, and become longer; the
     suffix then makes room at its end.
@@ -248,12 +262,12 @@ def three_parts(body, room, cut, where, vocabulary):
             inner.append(encode(last[:p]))
             tail = [encode(last[p:])]
     prefix, suffix = [body[:i], *head], [*tail, body[j + 1 :]]
-    over = sum(map(len, prefix + inner + suffix)) - room
-    if over <= 0:
-        return prefix, inner, suffix
+    length = sum(map(len, prefix + inner + suffix)) if o or p else len(body)
+    if length <= room:
+        return (prefix, inner, suffix), length
     suffix = np.concatenate(suffix)
-    if over < len(suffix):
-        return prefix, inner, [suffix[:-over]]
+    if length - room < len(suffix):
+        return (prefix, inner, [suffix[: room - length]]), room
     return three_parts(body, room, "token", where, vocabulary)  # adds none
 
 
@@ -293,14 +307,16 @@ def unfim(row, vocabulary, level="document"):
     """What `fim` made a row of, as far as it had room: the beginning of the window, uint16 (n,).
 
     Where words were cut, their parts stay. An end mark that ends the row is dropped if it ends a middle: it may have
-    been put there.
+    been put there, as one has been that a pad follows.
     """
     v, out, at = vocabulary, [row[:0]], 0
     while at < len(row):
         begin = row[at]
         moved = begin in (v.pre, v.suf)
         mid = at + find(row[at:], v.mid) if moved else at
-        end = mid + find(row[mid:], v.eot) if level == "document" else len(row) - moved
+        end = len(row) - moved
+        if level == "document":
+            end = mid + (find(row[mid:], v.eot) if moved else find(row[mid:], v.eot, v.pre, v.suf))
         if moved:
             inner = row[at + 1 : mid]
             other = find(inner, v.suf if begin == v.pre else v.pre)
@@ -309,9 +325,13 @@ def unfim(row, vocabulary, level="document"):
             out += [prefix, row[mid + 1 : end], suffix]
         else:
             out.append(row[at:end])
-        if not moved or end + 1 < len(row):
-            out.append(row[end : end + 1])
         at = end + 1
+        if moved and at < len(row) and row[at] == v.pad:
+            at += 1
+        elif not moved and end < len(row) and row[end] != v.eot:  # text that goes on in another order
+            at = end
+        elif not moved or at < len(row):
+            out.append(row[end:at])
     return np.concatenate(out)
 
 
@@ -478,8 +498,8 @@ def hole(row, key, cut, vocabulary):
     begin, end = max(pieces(row, "document", vocabulary), key=lambda piece: piece[1] - piece[0])
     room = len(row) - 6
     body = row[begin : max(begin, min(end - (row[end - 1] == vocabulary.eot), begin + room))]
-    parts = three_parts(body, room, cut, draws(key, 0, 2), vocabulary)
-    return parts and [np.concatenate(part) for part in parts]
+    found = three_parts(body, room, cut, draws(key, 0, 2), vocabulary)
+    return found and [np.concatenate(part) for part in found[0]]
 
 
 LAYOUTS = ("psm", "spm1", "spm2", "codegen2")
@@ -510,6 +530,9 @@ def survey(rows, prefix, level, vocabulary):
     if level == "document":
         number = np.where(rows == v.pad, 0, documents(rows, v)[0])
         many += number[:, :-1].max(1).sum()
+        for row in rows:  # a document whose second part alone was moved has two; each has two of these marks
+            begins = np.isin(row, [i for i in (v.pre, v.suf) if i >= 0]).nonzero()[0][::2]
+            many += sum(begin > 0 and row[begin - 1] not in (v.eot, v.pad) for begin in begins)
     moved = np.isin(rows, [i for i in (v.mid, v.sep) if i >= 0]).sum()
     untrained = rows[:, 1:] == v.pad
     if prefix is not None:

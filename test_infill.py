@@ -96,8 +96,11 @@ def test_unfim_returns_the_window_less_the_room_of_the_marks(windows, level, cut
         assert spelt(row).startswith(spelt(back))
         if cut == "token":
             assert np.array_equal(back, row[: len(back)])
-        moved = letters(new).count("M")  # each with three marks; the last one's end mark may have been put there
-        assert W - len(back) - 3 * moved in (0, int(moved and new[-1] == V.eot))
+        moved, text = (
+            letters(new).count("M"),
+            letters(new),
+        )  # each with three marks, one perhaps with an end mark and pad
+        assert W - len(back) - 3 * moved - 2 * text.count("_") in (0, int(moved and new[-1] == V.eot))
 
 
 @pytest.mark.parametrize("level", ["document", "row"])
@@ -305,9 +308,17 @@ def test_rows_have_none_of_the_defects_that_rows_of_others_have(windows):
             )
 
 
+def test_middles_end_anywhere_in_a_window_also_where_it_holds_one_document():
+    """They would all end with the window, and a model would learn to stop there."""
+    row, ends = np.arange(300, 300 + W).astype(np.uint16), np.zeros(W, int)
+    for key in KEYS:
+        ends += fim(row, key, Fim(0.9), V) == V.eot
+    assert (ends[20:-1] > 50).all() and ends.sum() > 15_000
+
+
 def test_a_row_is_its_grammar(windows):
     for row, key in zip(windows, KEYS, strict=True):
-        assert re.fullmatch(f"({PSM}|{SPM2}|x*E)*x*", letters(fim(row, key, Fim(0.9), V)))
+        assert re.fullmatch(f"(x*({PSM}|{SPM2})_?|x*E)*x*", letters(fim(row, key, Fim(0.9), V)))
         assert re.fullmatch(r"((x*m)(x+m)*x*E\|(mx+e)+|x*E)*x*_{0,3}", letters(corrupt(row, key, Codegen2(0.9), V)))
 
 
@@ -402,9 +413,10 @@ def test_loss_of_a_packed_row_is_the_mean_over_its_documents_run_alone(law):
     alone = 0
     for begin, end in own_documents(row, vocabulary):
         end += end < 65 and row[end] == vocabulary.eot  # which as an input begins the next
-        part = torch.from_numpy(row[begin:end].astype(np.int64))
-        if len(part) > 1 and vocabulary.pad not in row[begin:end]:
-            alone += model(part[None, :-1], part[None, 1:].contiguous())[1].sum()
+        part = torch.from_numpy(row[begin:end].astype(np.int64))[None]
+        goal = part[:, 1:].masked_fill(part[:, 1:] == vocabulary.pad, -1)
+        if len(part[0]) > 1:
+            alone += model(part[:, :-1], goal)[1].sum()
     rows = row[None].copy()
     mix = SimpleNamespace(batch=lambda lo, hi: (rows, np.zeros(1, int), None), vocabulary=vocabulary, laws={1: law})
     cfg = train.Config(doc_mask=True, block_size=64, dtype="float32")
@@ -421,7 +433,7 @@ def own_documents(row, vocabulary):
     ids = {getattr(vocabulary, name): letter for name, letter in zip(NAMES, "EPSM_|e", strict=True)}
     ids |= dict.fromkeys(range(*vocabulary.masks), "m")
     text = "".join(ids.get(i, "x") for i in row.tolist())
-    spans = [match.span() for match in re.finditer(r"E?[xPSMm]*(E\|(mx+e)+)?|_+", text) if match[0]]
+    spans = [match.span() for match in re.finditer(r"(E_?)?[xPSMm]*(E\|(mx+e)+)?|_+", text) if match[0]]
     return [span for span in spans if span[0] < len(row) - 1]  # the last token is no input
 
 
@@ -538,7 +550,7 @@ def test_the_plan_shows_what_a_law_comes_to(phases, data, tmp_path, capsys):
     _, source, prefixes = phase.mix.batch(0, 288)
     text = source == phase.mix.names.index("text")
     assert float(shown[0][2]) == pytest.approx(100 * (prefixes[text, 1:] == 0).mean(), abs=0.06)
-    assert abs(float(shown[1][1]) - 50) < 300 / math.sqrt((~text).sum()) / 2 and float(shown[1][2]) == 100.0
+    assert abs(float(shown[1][1]) - 50) < 300 / math.sqrt((~text).sum()) / 2 and 97 < float(shown[1][2]) < 100  # pads
     assert (
         train.main(
             [
