@@ -1,8 +1,8 @@
 """How one window of tokens is rearranged: fill-in-the-middle, span corruption, prefix-LM. Functions of ids and a key.
 
     vocabulary = Vocabulary(tokenizer.load())  # ids of the marks, and where words may be cut
-    row = fim(window, key, Fim(0.9), vocabulary)  # uint16 (W,), an int below 2^64 -> uint16 (W,)
-    unfim(row, vocabulary)  # the window again, less what made room for the marks
+    rows = fim(windows, keys, Fim(0.9), vocabulary)  # uint16 (n, W), uint64 (n,) -> uint16 (n, W)
+    unfim(rows[0], vocabulary)  # the window again, less what made room for the marks
 
 In a config file: objective = {"code": fim(0.9, spm=0.5)}, or {"*": codegen2(0.5)} for every source, or these as text.
 
@@ -52,13 +52,22 @@ def below(x, size):
 
 
 def draws(key, number, n):
-    """n <= 4 scrambled ints for document `number` of the window with this key; number -1: for the window itself."""
-    start = key + 4 * (number + 1) * GOLDEN
-    return [scramble((start + i * GOLDEN) & WORD) for i in range(n)]
+    """n <= 4 scrambled numbers for document `number` of the window with this key; -1 for the window itself.
+
+    Two ints -> ints; uint64 (P,) both, or such keys and an int -> uint64 (P,) each.
+    """
+    start = key + (4 * (number + 1) * GOLDEN & WORD)
+    return [scramble(start + (i * GOLDEN & WORD) & WORD) for i in range(n)]
 
 
 def chance(x, rate):
     return x < rate * 2.0**64
+
+
+def two_below(low, high, x, y):
+    """Two different ints in [low, high), in order, any two with equal chance, from two scrambled ints."""
+    a, b = low + below(x, high - low), low + below(y, high - low - 1)
+    return (b, a) if b < a else (a, b + 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- laws
@@ -84,7 +93,8 @@ class Law:
     def __str__(self):
         """As in a config file, without what is left at its default: one law, one text."""
         changed = [f"{f.name}={v!r}" for f in fields(self)[1:] if (v := getattr(self, f.name)) != f.default]
-        return f"{type(self).__name__.lower()}({', '.join([f'{self.rate:g}', *changed])})"
+        rate = repr(float(self.rate)).removesuffix(".0")
+        return f"{type(self).__name__.lower()}({', '.join([rate, *changed])})"
 
 
 @dataclass(frozen=True)
@@ -170,13 +180,19 @@ class Vocabulary:
         self.encoding, self.ids = encoding, np.arange(encoding.n_vocab, dtype=np.uint16)
         ordinary = set(range(encoding.n_vocab)) - set(specials.values())
         self.words = [encoding.decode_single_token_bytes(i) if i in ordinary else b"" for i in range(encoding.n_vocab)]
-        self.encode = functools.lru_cache(2**16)(self.encode)
+        self.halves = functools.lru_cache(2**16)(self.halves)
         self.marks = {name: self.ids[i : i + 1] for name, i in vars(self).items() if type(i) is int}  # to concatenate
 
     def encode(self, part):
         """Bytes of a part of a word, at least one, which may end inside a character -> uint16 (n,)."""
         first, *more = self.encoding._encode_single_piece(part)
         return np.array([first, *more], np.uint16) if more else self.ids[first : first + 1]
+
+    def halves(self, word, byte):
+        """What an id becomes when it is cut before a byte: uint16 (n,) before and after the cut."""
+        if not byte:
+            return self.ids[:0], self.ids[word : word + 1]
+        return self.encode(self.words[word][:byte]), self.encode(self.words[word][byte:])
 
     @functools.cache  # noqa: B019
     def cuts(self, unit):
@@ -193,114 +209,119 @@ class Vocabulary:
         return np.array([len(some) for some in offsets]), offsets
 
 
+def beginnings(rows, level, vocabulary):
+    """Where pieces begin that are rearranged by themselves: bool (n, W). The end mark of a document belongs to it."""
+    begins = np.zeros(rows.shape, bool)
+    begins[:, :1] = True
+    if level == "document":
+        begins[:, 1:] = rows[:, :-1] == vocabulary.eot
+    return begins
+
+
 def pieces(row, level, vocabulary):
-    """[(begin, end)] of what is rearranged by itself. The end mark of a document belongs to it."""
-    ends = ((row == vocabulary.eot).nonzero()[0] + 1).tolist() if level == "document" else []
-    bounds = [0, *ends]
-    return list(pairwise(bounds + [len(row)] * (bounds[-1] < len(row))))
+    """[(begin, end)] of the pieces of one row."""
+    return list(pairwise([*beginnings(row[None], level, vocabulary)[0].nonzero()[0].tolist(), len(row)]))
 
 
 # --------------------------------------------------------------------------------------------------------------- fim
 
 
-def fim(row, key, law, vocabulary):
-    """A window with `law.rate` of its documents in an order for infilling. uint16 (W,), int -> uint16 (W,).
+def fim(rows, keys, law, vocabulary):
+    """Windows, uint16 (n, W), with keys, uint64 (n,) -> with `law.rate` of their documents in an order for infilling.
 
-    The document that the window's end cuts off is cut once more, at any place, in two pieces. Otherwise the middles of
+    A document that the window's end cuts off is cut once more, at any place, in two pieces. Otherwise the middles of
     long documents would all end where windows end, and a model learns to stop there and not where the suffix begins. A
     pad after the first one's end mark says that the document goes on.
     """
     if law.faithful:
-        return crystal_fim(row, key, law, vocabulary)
-    out, room = [row[:0]], len(row)
-    bounds = pieces(row, law.level, vocabulary)
-    if law.level == "document" and bounds and row[-1] != vocabulary.eot:
-        begin, end = bounds.pop()
-        cut = begin + below(draws(key, -1, 1)[0], end - begin)
-        bounds += [(begin, cut), (cut, end)] if cut > begin else [(begin, end)]
-    for number, (begin, end) in enumerate(bounds):
-        flip, *where = draws(key, number, 3)
+        return np.stack([crystal_fim(row, key, law, vocabulary) for row, key in zip(rows, keys.tolist(), strict=True)])
+    (n, W), flat = rows.shape, rows.ravel()
+    begins = beginnings(rows, law.level, vocabulary)
+    if law.level == "document":
+        (open_end,) = (rows[:, -1] != vocabulary.eot).nonzero()
+        last = W - 1 - begins[open_end, ::-1].argmax(1)
+        (x,) = draws(keys[open_end], -1, 1)
+        begins[open_end, last + below(x, (W - last).astype(np.uint64)).astype(np.int64)] = True
+    begin = begins.ravel().nonzero()[0]
+    end = np.append(begin[1:], n * W)
+    number = begins.cumsum(1).ravel()[begin] - 1
+    flip, x, y = draws(keys[begin // W], number.astype(np.uint64), 3)
+    spm = chance(x << np.uint64(32), law.spm) * law.spm_variant  # by the half that chooses no cut
+    ended = flat[end - 1] == vocabulary.eot
+    ends = vocabulary.cuts(law.cut)[0].take(flat).cumsum()
+    out, marks, room = [], vocabulary.marks, 0
+    about = (begin, end, ended, chance(flip, law.rate), spm, x, y)
+    for begin, end, ended, moved, variant, *where in zip(*(array.tolist() for array in about), strict=True):
+        if begin % W == 0:
+            room = W
         parts, length = None, min(end - begin, room)
-        if chance(flip, law.rate):
-            ended = row[end - 1] == vocabulary.eot
-            body = row[begin : max(begin, min(end - ended, begin + room - 4))]  # four marks
-            parts, length = three_parts(body, room - 4, law.cut, where, vocabulary) or (None, length)
+        if moved and room > 4:  # marks
+            stop = min(end - ended, begin + room - 4)
+            parts, length = three_parts(flat, begin, stop, ends, room - 4, law.cut, where, vocabulary) or (None, length)
         if parts:
-            order = where[0] << 32 & WORD  # its low half, which chooses no cut
-            out += in_order(*parts, chance(order, law.spm) * law.spm_variant, vocabulary)
+            out += in_order(*parts, variant, marks)
             room -= length + 4
-            if room and not ended and end < len(row):
-                out.append(vocabulary.marks["pad"])
+            if room and not ended and end % W:
+                out.append(marks["pad"])
                 room -= 1
-        else:
-            out.append(row[begin : begin + length])
+        elif room:
+            out.append(flat[begin : begin + length])
             room -= length
-        if not room:
-            break
-    return np.concatenate(out)
+    return np.concatenate(out).reshape(n, W)
 
 
-def three_parts(body, room, cut, where, vocabulary):
-    """A body -> (prefix, middle, suffix), lists of arrays, none of them empty; how many ids, at most `room`. Or None.
+def three_parts(ids, begin, end, ends, room, cut, where, vocabulary):
+    """ids[begin:end] -> (prefix, middle, suffix), lists of arrays, none of them empty; how many ids, at most `room`. Or
+    None.
 
-    where: two scrambled ints. Words that a cut goes through are encoded anew, each by itself, and become longer; the
-    suffix then makes room at its end.
+    ends: how many places to cut there are in ids up to each. where: two scrambled ints. A word that a cut goes through
+    is encoded anew by itself, and becomes longer; the suffix then makes room at its end.
     """
-    places = two_cuts(body, cut, where, vocabulary)
+    places = two_cuts(ids, begin, end, ends, cut, where, vocabulary)
     if not places:
         return None
     (i, o), (j, p) = places
-    encode, words = vocabulary.encode, vocabulary.words
-    first, last = words[body[i]], words[body[j]]
-    if i == j:
-        head, inner, tail = [encode(first[:o])] if o else [], [encode(first[o:p])], [encode(first[p:])]
-    else:
-        head, inner = ([encode(first[:o])], [encode(first[o:])]) if o else ([], [body[i : i + 1]])
-        inner.append(body[i + 1 : j])
-        tail = [body[j : j + 1]]
-        if p:
-            inner.append(encode(last[:p]))
-            tail = [encode(last[p:])]
-    prefix, suffix = [body[:i], *head], [*tail, body[j + 1 :]]
-    length = sum(map(len, prefix + inner + suffix)) if o or p else len(body)
+    (head, first), (last, tail) = vocabulary.halves(ids.item(i), o), vocabulary.halves(ids.item(j), p)
+    middle = [first, ids[i + 1 : j], last] if i < j else [vocabulary.encode(vocabulary.words[ids[i]][o:p])]
+    prefix, suffix = [ids[begin:i], head], [tail, ids[j + 1 : end]]
+    length = i - begin + len(head) + sum(map(len, middle)) + len(tail) + end - j - 1
     if length <= room:
-        return (prefix, inner, suffix), length
+        return (prefix, middle, suffix), length
     suffix = np.concatenate(suffix)
     if length - room < len(suffix):
-        return (prefix, inner, [suffix[: room - length]]), room
-    return three_parts(body, room, "token", where, vocabulary)  # adds none
-
-
-def two_cuts(body, unit, where, vocabulary):
-    """[(token, byte in it)] of two different places inside a body, in order; None if it has less than two."""
-    if not len(body):
+        return (prefix, middle, [suffix[: room - length]]), room
+    if end - begin < 3:
         return None
-    counts, offsets = vocabulary.cuts(unit)
-    ends = counts.take(body).cumsum()
-    first, last = offsets[body[0]], offsets[body[-1]]
-    low = int(bool(first) and first[0] == 0)
-    high = int(ends[-1]) - (bool(last) and last[-1] == len(vocabulary.words[body[-1]]))
+    i, j = two_below(begin + 1, end, *where)  # between words, which makes none longer
+    return ([ids[begin:i]], [ids[i:j]], [ids[j:end]]), end - begin
+
+
+def two_cuts(ids, begin, end, ends, unit, where, vocabulary):
+    """[(token, byte in it)] of two different places inside ids[begin:end], in order; None if it has less than two."""
+    if begin >= end:
+        return None
+    offsets, words = vocabulary.cuts(unit)[1], vocabulary.words
+    last = ids.item(end - 1)
+    low = (ends.item(begin - 1) if begin else 0) + (offsets[ids.item(begin)][:1] == [0])
+    high = ends.item(end - 1) - (offsets[last][-1:] == [len(words[last])])
     if high - low < 2:
         return None
-    a, b = low + below(where[0], high - low), low + below(where[1], high - low - 1)
-    a, b = sorted((a, b + (b >= a)))
-    places = []
-    for k in (a, b):
-        token = int(ends.searchsorted(k, "right"))
-        before = int(ends[token - 1]) if token else 0
-        byte = offsets[body[token]][k - before]
-        places.append((token, byte) if byte < len(vocabulary.words[body[token]]) else (token + 1, 0))
+    pair, places = two_below(low, high, *where), []
+    for k, token in zip(pair, ends.searchsorted(pair, "right").tolist(), strict=True):
+        word = ids.item(token)
+        byte = offsets[word][k - ends.item(token)]  # counted from the end
+        places.append((token, byte) if byte < len(words[word]) else (token + 1, 0))
     return places
 
 
-def in_order(prefix, middle, suffix, variant, vocabulary):
+def in_order(prefix, middle, suffix, variant, marks):
     """Lists of arrays -> one such list with the marks. variant 0: PSM, 1 and 2: SPM."""
-    m = vocabulary.marks
+    pre, suf, mid, eot = marks["pre"], marks["suf"], marks["mid"], marks["eot"]
     if variant == 2:
-        return [m["pre"], m["suf"], *suffix, m["mid"], *prefix, *middle, m["eot"]]
+        return [pre, suf, *suffix, mid, *prefix, *middle, eot]
     if variant == 1:
-        return [m["suf"], *suffix, m["pre"], *prefix, m["mid"], *middle, m["eot"]]
-    return [m["pre"], *prefix, m["suf"], *suffix, m["mid"], *middle, m["eot"]]
+        return [suf, *suffix, pre, *prefix, mid, *middle, eot]
+    return [pre, *prefix, suf, *suffix, mid, *middle, eot]
 
 
 def unfim(row, vocabulary, level="document"):
@@ -361,7 +382,7 @@ def crystal_fim(row, key, law, vocabulary):
             a, b = sorted(below(x, len(text) + 1) for x in where)
             parts = [[np.array(vocabulary.encoding.encode_ordinary(part), np.uint16)]
                      for part in (text[:a], text[a:b], text[b:])]  # fmt: skip
-            parts = in_order(*parts, chance(order, law.spm) * law.spm_variant, vocabulary)[:-1]
+            parts = in_order(*parts, chance(order, law.spm) * law.spm_variant, vocabulary.marks)[:-1]
         out += [*parts, vocabulary.marks["eot"]]
     out.append(np.full(len(row), vocabulary.pad, np.uint16))
     return np.concatenate(out)[: len(row)]
@@ -483,13 +504,11 @@ def documents(rows, vocabulary):
 
 def rearrange(rows, keys, law, vocabulary):
     """Rows, uint16 (n, W), each under its key, uint64 (n,) -> rows, and what `prefix` says of them or None."""
-    if isinstance(law, Prefix):
-        return rows, np.stack([prefix(row, key, law, vocabulary) for row, key in zip(rows, keys.tolist(), strict=True)])
-    move = fim if isinstance(law, Fim) else corrupt
-    out = np.empty_like(rows)
-    for row, key, to in zip(rows, keys.tolist(), out, strict=True):
-        to[:] = move(row, key, law, vocabulary)
-    return out, None
+    if isinstance(law, Fim):
+        return fim(rows, keys, law, vocabulary), None
+    move = prefix if isinstance(law, Prefix) else corrupt
+    new = np.stack([move(row, key, law, vocabulary) for row, key in zip(rows, keys.tolist(), strict=True)])
+    return (rows, new) if isinstance(law, Prefix) else (new, None)
 
 
 def hole(row, key, cut, vocabulary):
@@ -497,8 +516,9 @@ def hole(row, key, cut, vocabulary):
     `prompt` and middle fit. None where that has less than two places to cut."""
     begin, end = max(pieces(row, "document", vocabulary), key=lambda piece: piece[1] - piece[0])
     room = len(row) - 6
-    body = row[begin : max(begin, min(end - (row[end - 1] == vocabulary.eot), begin + room))]
-    found = three_parts(body, room, cut, draws(key, 0, 2), vocabulary)
+    end = min(end - (row[end - 1] == vocabulary.eot), begin + room)
+    ends = vocabulary.cuts(cut)[0].take(row).cumsum()
+    found = three_parts(row, begin, end, ends, room, cut, draws(key, 0, 2), vocabulary)
     return found and [np.concatenate(part) for part in found[0]]
 
 
@@ -519,7 +539,7 @@ def prompt(before, after, layout, vocabulary):
     if layout == "codegen2":
         mask = v.ids[v.masks[0] :][:1]
         return np.concatenate([v.marks["eot"], before, mask, after, v.marks["eot"], v.marks["sep"], mask])
-    parts = in_order([before], [], [after], LAYOUTS.index(layout), v)
+    parts = in_order([before], [], [after], LAYOUTS.index(layout), v.marks)
     return np.concatenate([v.marks["eot"], *parts[:-1]])
 
 

@@ -21,7 +21,7 @@ import sample
 import tokenizer
 import train
 from conftest import ROOT, losses, run
-from infill import Codegen2, Fim, InfillError, Prefix, Vocabulary, corrupt, fim, prefix, uncorrupt, unfim
+from infill import Codegen2, Fim, InfillError, Prefix, Vocabulary, corrupt, prefix, uncorrupt, unfim
 from kernels import batch_mask
 from kernels.attention import attention_mask
 from mix import Mix, MixError, Source, check_identity, epoch_keys
@@ -45,6 +45,10 @@ def random_text(dice, most):
     """Up to so many characters: line ends and tabs, ASCII, and letters of two to four bytes."""
     ranges = ((9, 14), (32, 127), (32, 127), (160, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000))
     return "".join(chr(dice.randrange(*dice.choice(ranges))) for _ in range(dice.randint(0, most)))
+
+
+def fim(row, key, law, vocabulary):
+    return infill.fim(row[None], np.array([key], np.uint64), law, vocabulary)[0]
 
 
 def letters(row):
@@ -242,7 +246,7 @@ def test_ordinary_text_never_becomes_a_mark():
 
 def test_spm_variant_2_with_an_empty_prefix_is_psm():
     middle, suffix, none = V.ids[300:310], V.ids[400:405], V.ids[:0]
-    psm, spm = (np.concatenate(infill.in_order([none], [middle], [suffix], variant, V)) for variant in (0, 2))
+    psm, spm = (np.concatenate(infill.in_order([none], [middle], [suffix], variant, V.marks)) for variant in (0, 2))
     assert psm.tolist() == spm.tolist() == [V.pre, V.suf, *suffix, V.mid, *middle, V.eot]
     assert [*infill.prompt(none, suffix, "spm2", V), *middle, V.eot] == [V.eot, *psm]
 
