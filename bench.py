@@ -473,7 +473,7 @@ def training(cfg):
         for p in model.parameters():
             torch.nn.init.normal_(p.to_local() if isinstance(p, DTensor) else p, std=0.02)
         optimizer = train.make_optimizer(model, cfg, device)
-        feeder, sums = train.Feeder(phase, 0, device), torch.zeros(2, 1, dtype=torch.float64, device=device)
+        feeder, sums = train.Feeder(phase, 0, device, dtype), torch.zeros(2, 1, dtype=torch.float64, device=device)
         skips = torch.zeros(2, dtype=torch.long, device=device)
         number = itertools.count(1)
 
@@ -507,7 +507,7 @@ def seconds_between(marks, cuda):
 
 # -------------------------------------------------------------------------------------------------------- objectives
 
-LAWS = {"fim": "fim(0.9)", "fim, tokens": "fim(0.9, cut='token')", "codegen2": "codegen2(0.5)", "prefix": "prefix(1)"}
+OBJECTIVES = ("fim(0.9)", "codegen2(0.5)", "prefix(1)")
 
 
 def bench_objectives(args, rounds=15, knobs=None):
@@ -518,7 +518,7 @@ def bench_objectives(args, rounds=15, knobs=None):
     cpu = {"size": "nano", **PRESETS["nano"], "device": "cpu", "batch": 4096}
     knobs = knobs or (gpu if torch.cuda.is_available() else cpu)
     ways = {"causal": {}, "doc_mask": {"doc_mask": True}}
-    ways |= {law: {"objective": {"*": law}} for name, law in LAWS.items() if "," not in name}
+    ways |= {objective: {"objective": {"*": objective}} for objective in OBJECTIVES}
     ways["prefix(1), doc_mask"] = ways["doc_mask"] | ways["prefix(1)"]
     with contextlib.ExitStack() as stack:
         configs = {name: train.Config(**RANDOM, **knobs, vocab_size=tokenizer.VOCAB_SIZE, **way)
@@ -549,17 +549,19 @@ def rearrange_rates(megabytes=8):
         np.concatenate(ids).astype(np.uint16).tofile(path / "train.bin")
         source, first = Source(path, "train", BLOCK), iter(range(0, 10**9, BATCH * CALLS))
 
-        def read(law):
-            mixed = mixes[law]
+        def read(mixed):
             start = next(first)
             for n in range(start, start + BATCH * CALLS, BATCH):
                 mixed.batch(n, n + BATCH)[0].astype(np.int64)
 
-        laws = {"mix.py alone": None, **{f"mix.py + {law}": infill.parse(law) for law in LAWS.values()}}
-        mixes = {name: Mix({"code": source}, {"code": 1}, 10**10, 1, laws={"code": law}, vocabulary=vocabulary)
-                 for name, law in laws.items()}  # fmt: skip
-        seconds = take_turns({name: functools.partial(read, name) for name in laws}, rounds=7)
-    amounts = dict.fromkeys(laws, CALLS * BATCH * BLOCK / 1e6)
+        def mix(objective):
+            known = {"code": infill.parse(objective)}
+            return Mix({"code": source}, {"code": 1}, 10**10, 1, objectives=known, vocabulary=vocabulary)
+
+        ways = {"mix.py alone": mix("causal")}
+        ways |= {f"mix.py + {objective}": mix(objective) for objective in (*OBJECTIVES, "fim(0.9, cut='token')")}
+        seconds = take_turns({name: functools.partial(read, mixed) for name, mixed in ways.items()}, rounds=7)
+    amounts = dict.fromkeys(ways, CALLS * BATCH * BLOCK / 1e6)
     return rate_rows(seconds, amounts, "M tokens/s", "mix.py alone", {"mix.py + fim(0.9)": (30, None)})
 
 

@@ -24,16 +24,18 @@ import infill
 import tokenizer
 from checkpoint import CheckpointError
 from mix import MixError, Source
-from sample import fill, load_model, trained_layout
+from sample import fill, load_model, trained_layout, vocabulary_for
 
 
 def documents(folder, block_size, vocabulary, many):
     """The longest document's first half context of each of `many` held-out windows, as text."""
     source = Source(folder, "val", block_size)
     for row in source.rows(0, min(source.windows, many)):
-        begin, end = max(infill.pieces(row, "document", vocabulary), key=lambda piece: piece[1] - piece[0])
-        ids = row[begin : min(end - (row[end - 1] == vocabulary.eot), begin + block_size // 2)]
-        yield b"".join(vocabulary.words[i] for i in ids).decode(errors="ignore")
+        begin, end = infill.longest_document(row, vocabulary)
+        ids = row[
+            begin : min(end, begin + block_size // 2 - 8)
+        ]  # whole in the context beside half of one for an answer
+        yield b"".join(vocabulary.token_bytes[i] for i in ids).decode(errors="ignore")
 
 
 def span(text, rng):
@@ -75,8 +77,8 @@ def measure(model, vocabulary, holes, layout, **how):
         stops += stopped
         exact += stopped and answer.decode(errors="replace").strip() == middle.strip()
         head, ids, tail = map(encode, (before, middle, after))
-        alone = np.append(vocabulary.marks["eot"], head)
-        losses += nats(model, infill.prompt(head, tail, layout, vocabulary), ids), nats(model, alone, ids)
+        prefix_only = np.append(vocabulary.sentinels["eot"], head)
+        losses += nats(model, infill.prompt(head, tail, layout, vocabulary), ids), nats(model, prefix_only, ids)
         n_bytes += len(middle.encode())
     return stops / len(holes), exact / len(holes), *(losses / math.log(2) / n_bytes)
 
@@ -96,12 +98,16 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.holes < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
         parser.error("--holes is above 0, --temperature is not below 0, --top_p is in (0, 1]")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees none")
     try:
         model, encoding, state = load_model(args.checkpoint, args.device)
         if encoding is None:
-            raise tokenizer.TokenizerError("this checkpoint's data named no tokenizer: there are no marks for holes")
+            raise tokenizer.TokenizerError(
+                "this checkpoint's data named no tokenizer: there are no sentinels for holes"
+            )
         layout = args.layout or trained_layout(state["config"], args.source) or "psm"
-        vocabulary = infill.Vocabulary(encoding, [infill.Codegen2() if layout == "codegen2" else infill.Fim()])
+        vocabulary = vocabulary_for(layout, encoding)
         folder = Path(args.data or state["config"]["data"]) / args.source
         texts = [*documents(folder, model.config.block_size, vocabulary, args.holes)]
     except (CheckpointError, MixError, tokenizer.TokenizerError, infill.InfillError, OSError) as error:
@@ -115,8 +121,10 @@ def main(argv):
         rng = np.random.default_rng(args.seed)
         holes = [hole for text in texts if (hole := kind(text, rng))]
         if holes:
-            stops, exact, middle, alone = measure(model, vocabulary, holes, layout, **how)
-            print(f"{kind.__name__:<8} {len(holes):>5} {stops:>7.1%} {exact:>7.1%} {middle:>25.4f} {alone:>16.4f}")
+            stops, exact, middle, prefix_only = measure(model, vocabulary, holes, layout, **how)
+            print(
+                f"{kind.__name__:<8} {len(holes):>5} {stops:>7.1%} {exact:>7.1%} {middle:>25.4f} {prefix_only:>16.4f}"
+            )
     return 0
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from infill import GOLDEN, Prefix, below, rearrange, scramble
 
-ALGORITHM = 1  # raise it when the order of samples changes: runs under way then refuse to go on in another order
+ALGORITHM = 1  # raise it when samples, or what infill.py makes of them, change: runs under way then refuse to go on
 PERIOD = 100_000  # longest quota table; finer weights are rounded to multiples of 1 / PERIOD
 CHUNK = 8192  # samples planned at a time: enough to hide what a call costs, few enough for the cache
 OPEN_FILES = 64  # per source; each holds a file descriptor, and systems often grant no more than 1024
@@ -226,13 +226,15 @@ class Mix:
     start       {name: windows drawn before}: drawn(samples) of the phase before
     epochs_max  refuse to read a source more often than this, earlier phases included; 0: no limit
     skip        [(a, b)]: jump over samples a to b - 1 as the log numbers them; a later skip is appended
-    laws        {name: law of infill.py} for sources whose windows are rearranged, and their `vocabulary`
+    objectives  {name: Objective of infill.py} for sources whose windows are rearranged, and their `vocabulary`
 
     names: what is drawn, as plan() and batch() number it. quota, {name: samples in one period}, and period, their sum:
     the weights as realised. Raises MixError.
     """
 
-    def __init__(self, sources, weights, samples, seed, start=None, epochs_max=0, skip=(), laws=None, vocabulary=None):
+    def __init__(
+        self, sources, weights, samples, seed, start=None, epochs_max=0, skip=(), objectives=None, vocabulary=None
+    ):
         unknown = sorted({*weights} - {*sources})
         if unknown:
             raise MixError(f"mix: there is no source {', '.join(unknown)}; there are: {', '.join(sorted(sources))}")
@@ -241,7 +243,7 @@ class Mix:
         self.windows = {name: getattr(source, "windows", source) for name, source in sources.items()}
         self.quota = quotas(weights)
         self.names, self.period = list(self.quota), sum(self.quota.values())
-        self.laws = {name: law for name, law in (laws or {}).items() if law and name in self.quota}
+        self.objectives = {name: some for name, some in (objectives or {}).items() if some and name in self.quota}
         self.vocabulary = vocabulary
         self.block_size = getattr(sources[self.names[0]], "block_size", 0)
         self.table = turns(list(self.quota.values()))
@@ -305,20 +307,20 @@ class Mix:
         key = np.zeros(hi - lo, np.uint64)
         for s, name in enumerate(self.names):
             mine = (source == s).nonzero()[0]
-            law = self.laws.get(name)
-            if law and not law.redraw:
+            objective = self.objectives.get(name)
+            if objective and not objective.redraw:
                 epoch[mine] = 0
             keys = scramble(~epoch_keys(self.seed, name, epoch[mine]))
             offset = below(keys, self.block_size).astype(np.int64)
             offset[epoch[mine] == 0] = 0  # later epochs are cut elsewhere: their tokens appear in other contexts
             file[mine], begin[mine] = self.sources[name].locate(window[mine], offset)
-            if law:
+            if objective:
                 key[mine] = scramble(scramble(keys) + window[mine].astype(np.uint64) * GOLDEN)
         return source, file, begin, key
 
     def batch(self, lo, hi):
-        """Samples lo to hi - 1 -> rows, uint16 (hi - lo, block_size + 1), rearranged where a source has a law; source,
-        int64 (hi - lo,); and where a law is Prefix which prefix a token is in, uint16 like rows, else None."""
+        """Samples lo to hi - 1 -> rows, uint16 (hi - lo, block_size + 1), rearranged where a source has an objective;
+        source, int64 (hi - lo,); and if one is Prefix which prefix a token is in, uint16 like rows, else None."""
         first, last, places = self.chunk
         if lo < first or hi > last:
             first, last = lo, max(hi, min(lo + CHUNK, self.samples))
@@ -326,12 +328,13 @@ class Mix:
             self.chunk = first, last, places
         source, file, begin, key = (part[lo - first : hi - first] for part in places)
         rows = np.empty((hi - lo, self.block_size + 1), np.uint16)
-        prefix = np.zeros_like(rows) if any(isinstance(law, Prefix) for law in self.laws.values()) else None
+        prefixed = any(isinstance(objective, Prefix) for objective in self.objectives.values())
+        prefix = np.zeros_like(rows) if prefixed else None
         for s, name in enumerate(self.names):
             mine = (source == s).nonzero()[0]
             self.sources[name].read(file[mine], begin[mine], rows, mine)
-            if name in self.laws and len(mine):
-                rows[mine], inside = rearrange(rows[mine], key[mine], self.laws[name], self.vocabulary)
+            if name in self.objectives and len(mine):
+                rows[mine], inside = rearrange(rows[mine], key[mine], self.objectives[name], self.vocabulary)
                 if inside is not None:
                     prefix[mine] = inside
         return rows, source, prefix
@@ -341,7 +344,7 @@ class Mix:
         fields = ("tokens", "sha256", "tokenizer")
         sources = {name: {field: getattr(self.sources[name], field, None) for field in fields} for name in self.names}
         start = {name: self.start[name] for name in self.names}
-        objective = {name: str(law) for name, law in sorted(self.laws.items())}
+        objective = {name: str(objective) for name, objective in sorted(self.objectives.items())}
         return dict(algorithm=ALGORITHM, seed=self.seed, block_size=self.block_size, weights=self.quota, start=start,
                     samples=self.samples, skip=self.skip, objective=objective, sources=sources)  # fmt: skip
 

@@ -44,33 +44,33 @@ def complete(model, encoding, prompt, **how):
 
 
 def fill(model, vocabulary, before, after, layout, max_new_tokens, heal=True, **how):
-    """What stands between two texts -> (UTF-8 bytes, whether the end mark came). `how` goes to GPT.generate.
+    """What stands between two texts -> (UTF-8 bytes, whether the end came). `how` goes to GPT.generate.
 
     layout: of infill.LAYOUTS. heal: leave the last token of `before` to the model, which may only spell it again or
-    go on from inside it, because the text may stop in the middle of a word. What has no room in the context with
+    go on from inside it, because the text may stop where no token would end. What has no room in the context with
     max_new_tokens, or half of it, for the answer is left out: the beginning of `before`, the end of `after`.
     """
-    room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2) - 5  # marks of any layout
+    room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2) - 5  # sentinels of any layout
     head, tail = (np.array(vocabulary.encoding.encode_ordinary(text), np.uint16) for text in (before, after))
     tail = tail[: max(room // 2, room - len(head))]
     head = head[max(0, len(head) + len(tail) - room) :]
-    rest = vocabulary.words[head[-1]] if heal and len(head) else b""
+    rest = vocabulary.token_bytes[head[-1]] if heal and len(head) else b""
     ids = infill.prompt(head[: len(head) - bool(rest)], tail, layout, vocabulary)
     stop = vocabulary.eom if layout == "codegen2" else vocabulary.eot
     tokens = torch.from_numpy(ids.astype(np.int64))[None].to(model.wte.weight.device)
     most = min(max_new_tokens, model.config.block_size - len(ids))
-    made = [*model.generate(tokens, most, stop=stop, allow=spelling(rest, vocabulary.words), **how)]
-    return b"".join(vocabulary.words[word] for word in made)[len(rest) :], len(made) < most
+    made = [*model.generate(tokens, most, stop=stop, allow=spelling(rest, vocabulary.token_bytes), **how)]
+    return b"".join(vocabulary.token_bytes[token] for token in made)[len(rest) :], len(made) < most
 
 
-def spelling(rest, words):
-    """For GPT.generate: at first allows only words that spell `rest` or a part of it, or that begin with it."""
+def spelling(rest, token_bytes):
+    """For GPT.generate: at first allows only tokens that spell `rest` or a part of it, or that begin with it."""
 
     def allow(made):
-        left = rest[sum(len(words[word]) for word in made) :]
+        left = rest[sum(len(token_bytes[token]) for token in made) :]
         if not left:
             return None
-        return torch.tensor([bool(word) and (word.startswith(left) or left.startswith(word)) for word in words])
+        return torch.tensor([bool(b) and (b.startswith(left) or left.startswith(b)) for b in token_bytes])
 
     return allow
 
@@ -79,8 +79,13 @@ def trained_layout(config, source=None):
     """Which of infill.LAYOUTS a checkpoint was trained to fill holes in, in `source` or else the first source that was;
     None if it was not. config: the knobs of its phase, as a dict."""
     objective = config.get("objective", {})
-    laws = [objective.get(source, objective.get("*", "causal"))] if source else objective.values()
-    return next(filter(None, map(infill.layout, map(infill.parse, laws))), None)
+    objectives = [objective.get(source, objective.get("*", "causal"))] if source else objective.values()
+    return next(filter(None, map(infill.layout, map(infill.parse, objectives))), None)
+
+
+def vocabulary_for(layout, encoding):
+    """infill.Vocabulary, which must have the sentinels of one of infill.LAYOUTS. InfillError."""
+    return infill.Vocabulary(encoding, [infill.Codegen2() if layout == "codegen2" else infill.Fim()])
 
 
 def text_of(argument):
@@ -100,7 +105,7 @@ def main(argv):
     parser.add_argument(
         "--temperature", type=float, help="0 takes the likeliest token; default 0.8, or 1 with --infill"
     )
-    parser.add_argument("--top_p", type=float, help="default 0.95, or 1 with --infill: end marks are rare words")
+    parser.add_argument("--top_p", type=float, help="default 0.95, or 1 with --infill: the end of text is a rare token")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -120,8 +125,7 @@ def main(argv):
         layout = args.layout or trained_layout(state["config"])
         if around and not layout:
             raise infill.InfillError(f"{args.checkpoint} was not trained to infill; try another, or say --layout")
-        needed = infill.Codegen2() if layout == "codegen2" else infill.Fim()
-        vocabulary = infill.Vocabulary(encoding, [needed]) if around else None
+        vocabulary = vocabulary_for(layout, encoding) if around else None
     except (checkpoint.CheckpointError, tokenizer.TokenizerError, infill.InfillError, ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
@@ -133,7 +137,7 @@ def main(argv):
             middle, stopped = fill(model, vocabulary, *around, layout, heal=not args.no_healing, **how)
             print(around[0] + middle.decode(errors="replace") + around[1], end="", flush=True)
             if not stopped:
-                print("\nsample.py: the answer was cut off, no end mark came; try --tokens", file=sys.stderr)
+                print("\nsample.py: the answer was cut off before its end; try --tokens", file=sys.stderr)
         else:
             print(prompt, end="", flush=True)
             for piece in complete(model, encoding, prompt, **how):

@@ -81,7 +81,7 @@ class Config:
     # data
     mix: dict = field(default_factory=lambda: {"text": 0.5, "code": 0.5})  # source -> weight
     objective: dict = field(default_factory=dict)  # source, or "*" for the others -> fim(0.9), codegen2(0.5), prefix(1)
-    doc_mask: bool = False  # see only the own document, and count positions from its start
+    doc_mask: bool = False  # attend within one document only; positions restart there
     epochs_max: float = 0.0  # refuse a plan that repeats a source more often, over all phases; 0: no limit
     source_tokens: dict = field(default_factory=dict)  # source -> tokens: lets --plan count epochs without the data
     skip: list = field(
@@ -148,21 +148,21 @@ class Config:
         if unknown := sorted({*self.objective} - {*self.mix, "*"}):
             raise ConfigError(f"objective names {', '.join(unknown)}, but mix only {', '.join(self.mix)}")
         try:  # as text, each in one form, for logs and checkpoints
-            self.objective = {name: str(infill.parse(law) or "causal") for name, law in self.objective.items()}
+            self.objective = {name: str(infill.parse(some) or "causal") for name, some in self.objective.items()}
         except InfillError as error:
             raise ConfigError(str(error)) from None
-        if self.doc_mask and any(law and law.level == "row" for law in self.laws().values()):
+        if self.doc_mask and any(objective.level == "row" for objective in self.objectives().values()):
             raise ConfigError("doc_mask keeps documents apart that an objective with level='row' joins: choose one")
         for pair in self.skip:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)
                     and 0 <= pair[0] < pair[1]):  # fmt: skip
                 raise ConfigError(f"skip = {self.skip!r} is not a list of (first sample, sample after the last)")
 
-    def laws(self):
-        """{source: law of infill.py} for the sources of mix that have one."""
+    def objectives(self):
+        """{source: Objective of infill.py} for the sources of mix that have one."""
         every = self.objective.get("*", "causal")
-        laws = {name: infill.parse(self.objective.get(name, every)) for name in self.mix}
-        return {name: law for name, law in laws.items() if law}
+        parsed = {name: infill.parse(self.objective.get(name, every)) for name in self.mix}
+        return {name: objective for name, objective in parsed.items() if objective}
 
 
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
@@ -250,8 +250,9 @@ def build_phases(named, windows, start, tokens, vocabulary=None):
     phases = []
     for name, cfg in named:
         steps, rows, micro = phase_steps(name, cfg)
+        order = cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max, cfg.skip
         try:
-            mix = Mix(windows, cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max, cfg.skip, cfg.laws(), vocabulary)
+            mix = Mix(windows, *order, cfg.objectives(), vocabulary)
         except MixError as error:
             raise MixError(f"{name}: {error}") from None
         phases.append(Phase(name, cfg, steps, rows, micro, mix, tokens))
@@ -309,26 +310,26 @@ def print_phase(phase):
     rate = f"lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}, warmup {warmup:,} steps"
     print(f"{phase.name:<8} {si(tokens)} tokens = {shape}; {rate}")
     first, last = phase.mix.drawn(0), phase.mix.drawn(phase.mix.samples)
+    batch = phase.mix.vocabulary and phase.mix.batch(0, min(phase.mix.samples, 512))
     for name, quota in sorted(phase.mix.quota.items(), key=lambda item: -item[1]):
         drawn, windows = (last[name] - first[name]) * cfg.block_size, phase.mix.windows[name]
         print(f"         {name:<24} {quota / phase.mix.period:8.3%} {si(drawn):>8} tokens   epochs"
               f" {first[name] / windows:.2f} -> {last[name] / windows:.2f}")  # fmt: skip
-        if law := phase.mix.laws.get(name):
-            print(f"         {'':<24} {law}{survey(phase.mix, name)}")
+        if objective := phase.mix.objectives.get(name):
+            print(f"         {'':<24} {objective}{survey(phase.mix, name, batch)}")
 
 
-def survey(mix, name, rows=512):
-    """What a source's law does to the first windows of a phase, in words; nothing where the data is not here."""
-    if mix.vocabulary is None or not all(isinstance(source, Source) for source in mix.sources.values()):
+def survey(mix, name, batch):
+    """What a source's objective makes of `batch`, the first samples of a phase: text; none without the data."""
+    if batch is None:
         return ""
-    rows, source, prefix = mix.batch(0, min(mix.samples, rows))
+    rows, source, prefix = batch
     mine = source == mix.names.index(name)
     if not mine.any():
         return ""
-    law, prefix = mix.laws[name], None if prefix is None else prefix[mine]
-    moved, trained = infill.survey(rows[mine], prefix, law.level, mix.vocabulary)
-    what = "documents" if law.level == "document" else "windows"
-    return f": {moved:.1%} of {what}, {trained:.1%} of tokens trained on, in the first {mine.sum():,} windows"
+    level, prefix = mix.objectives[name].level, None if prefix is None else prefix[mine]
+    rearranged, trained = infill.survey(rows[mine], prefix, level, mix.vocabulary)
+    return f": {rearranged:.1%} of tokens rearranged, {trained:.1%} trained on, in the first {mine.sum():,} windows"
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -369,23 +370,28 @@ def the_tokenizer(sources):
 
 def the_vocabulary(named, encoding):
     """What infill.py needs to know of the tokenizer, None if nothing is rearranged or masked."""
-    laws = [law for _, cfg in named for law in cfg.laws().values()]
-    if not laws and not any(cfg.doc_mask for _, cfg in named):
+    objectives = [objective for _, cfg in named for objective in cfg.objectives().values()]
+    if not objectives and not any(cfg.doc_mask for _, cfg in named):
         return None
     if encoding is None:
-        raise ConfigError("objective and doc_mask need marks between documents, but the data names no tokenizer")
-    return Vocabulary(encoding, laws)
+        raise ConfigError(
+            "objective and doc_mask need an end of text between documents, but the data names no tokenizer"
+        )
+    return Vocabulary(encoding, objectives)
 
 
 def held_out(named, sources, encoding, vocabulary):
-    """What every evaluation reads: {(source, kind): (rows, uint16 (n, block_size + 1); targets, int64 (n, block_size),
-    -1 where none; bytes behind the targets, or None)}.
+    """What every evaluation reads: {name: (rows, uint16 (n, block_size + 1); targets, int64 (n, block_size), -1 where
+    none; bytes behind the targets, None without a tokenizer)}.
 
-    kind: "" for the source's held-out windows as they are. If any phase trains it to infill also "middle", a hole in
-    each of these windows, after prefix and suffix, and "alone", the same holes after their prefix.
+    Under the name of a source: its held-out windows as they are. If a phase trains it to infill, in the layout of the
+    first that does: a hole in each of them, "<source> middle" after prefix and suffix, and "<source> middle, prefix
+    only" after the prefix.
     """
     cfg, sets = named[0][1], {}
-    laws = {name: law for _, c in reversed(named) for name, law in c.laws().items() if type(law) is not infill.Prefix}
+    objectives = {
+        name: some for _, c in reversed(named) for name, some in c.objectives().items() if infill.layout(some)
+    }
     for name, trained in sources.items():
         folder, meta = Path(cfg.data) / name, trained.meta
         if meta["val"]["tokens"] <= cfg.block_size if meta else not (folder / "val.bin").exists():
@@ -393,40 +399,45 @@ def held_out(named, sources, encoding, vocabulary):
             continue
         source = Source(folder, "val", cfg.block_size)
         rows = source.rows(0, min(source.windows, max(1, cfg.eval_tokens // cfg.block_size)))
-        sets[name, ""] = rows, rows[:, 1:].astype(np.int64)
-        if name in laws:
-            both = holes(rows, laws[name], cfg.seed, vocabulary)
-            sets |= {(name, kind): some for kind, some in zip(("middle", "alone"), both, strict=True) if some}
-    lengths = encoding and np.append(tokenizer.byte_lengths(encoding), 0).astype(np.int64)  # of target -1: 0
-    return {key: (*both, int(lengths[both[1]].sum()) if encoding else None) for key, both in sets.items()}
+        sets[name] = rows, rows[:, 1:].astype(np.int64)
+        if name in objectives:
+            sets |= holes(name, rows, objectives[name], cfg.seed, vocabulary)
+    lengths = encoding and tokenizer.byte_lengths(encoding)
+    return {name: (rows, targets, int(lengths[targets[targets >= 0]].sum()) if encoding else None)
+            for name, (rows, targets) in sets.items()}  # fmt: skip
 
 
-def holes(rows, law, seed, vocabulary):
-    """(rows, targets), as for `held_out`, of a hole in each window's longest document, with the suffix and without; or
-    None and None if no window has room for a hole."""
-    layout, eot = infill.layout(law), vocabulary.marks["eot"]
+def holes(name, rows, objective, seed, vocabulary):
+    """{name: (rows, targets)}, as `held_out` says, of a hole in each window's longest document, if any has room."""
     keys = epoch_keys(seed, "holes", np.arange(len(rows))).tolist()
-    cut = getattr(law, "cut", "token")
+    cut, layout = getattr(objective, "cut", "token"), infill.layout(objective)
     found = [hole for row, key in zip(rows, keys, strict=True) if (hole := infill.hole(row, key, cut, vocabulary))]
-    made = []
-    for with_suffix in (True, False):
-        out, targets = np.full_like(rows, vocabulary.eot), np.full(rows[:, 1:].shape, -1)
-        for i, (before, middle, after) in enumerate(found):
-            before = infill.prompt(before, after, layout, vocabulary) if with_suffix else np.append(eot, before)
-            begin, end = len(before), len(before) + len(middle)
-            out[i, :begin], out[i, begin:end], targets[i, begin - 1 : end - 1] = before, middle, middle
-        made.append((out, targets) if found else None)
+    if not found:
+        return {}
+    made = {}
+    for kind in ("middle", "middle, prefix only"):
+        out = np.full((len(found), rows.shape[1]), vocabulary.eot, np.uint16)
+        targets = np.full((len(found), rows.shape[1] - 1), -1)
+        for i, (prefix, middle, suffix) in enumerate(found):
+            if kind == "middle":
+                prompt = infill.prompt(prefix, suffix, layout, vocabulary)
+            else:
+                prompt = np.append(vocabulary.sentinels["eot"], prefix)
+            begin, end = len(prompt), len(prompt) + len(middle)
+            out[i, :begin], out[i, begin:end], targets[i, begin - 1 : end - 1] = prompt, middle, middle
+        made[f"{name} {kind}"] = out, targets
     return made
 
 
 class Feeder:
     """Micro-batches of this process on the device, one ahead: a thread reads the next while this one trains.
 
-    Of every batch, rank r of R takes the r-th of R slices, so samples and steps are the same for any R.
+    Of every batch, rank r of R takes the r-th of R slices, so samples and steps are the same for any R. dtype: of the
+    model's arithmetic.
     """
 
-    def __init__(self, phase, first_step, device):
-        self.mix, self.micro, self.cfg, self.device = phase.mix, phase.micro, phase.cfg, device
+    def __init__(self, phase, first_step, device, dtype):
+        self.phase, self.device, self.dtype = phase, device, dtype
         mine = phase.rows // world()
         first, end = first_step * phase.rows + rank() * mine, phase.steps * phase.rows
         self.slices = (lo for at in range(first, end, phase.rows) for lo in range(at, at + mine, phase.micro))
@@ -435,53 +446,52 @@ class Feeder:
 
     def submit(self):
         lo = next(self.slices, None)
-        return None if lo is None else self.thread.submit(self.read, lo, lo + self.micro)
+        return None if lo is None else self.thread.submit(self.read, lo, lo + self.phase.micro)
 
     def read(self, lo, hi):
-        tensors = read_batch(self.mix, self.cfg, lo, hi)
-        if self.device == "cuda":
-            return [tensor if tensor is None else tensor.pin_memory() for tensor in tensors]
-        return tensors
+        inputs = read_batch(self.phase, lo, hi)
+        return {k: x.pin_memory() for k, x in inputs.items()} if self.device == "cuda" else inputs
 
     def __call__(self):
-        """A micro-batch as `place_batch` makes it."""
-        tensors = self.future.result()
+        """A micro-batch as `to_device` returns it."""
+        inputs = self.future.result()
         self.future = self.submit()
-        return place_batch(tensors, self.mix, self.cfg, self.device)
+        return to_device(inputs, self.device, self.dtype)
 
 
-def read_batch(mix, cfg, lo, hi):
-    """Samples lo to hi - 1 -> rows, source, prefix as Mix.batch has them and, if cfg.doc_mask, document and place of
-    every token: tensors, or None."""
-    arrays = mix.batch(lo, hi)
-    arrays += infill.documents(arrays[0], mix.vocabulary) if cfg.doc_mask else (None, None)
-    return [array if array is None else torch.from_numpy(array) for array in arrays]
-
-
-def place_batch(tensors, mix, cfg, device):
-    """What `read_batch` read -> tokens (B, T), targets (B, T), -1 where none, and source (B,), int64 on the device; and
-    what else the model is to be given, by name."""
-    if device != "cuda":  # where rows travel as uint16, a quarter of the bytes; not every device knows those
-        tensors = [tensor if tensor is None else tensor.long() for tensor in tensors]
-    rows, source, prefix, doc, place = (
-        tensor if tensor is None else tensor.to(device, non_blocking=True).long() for tensor in tensors
-    )
-    targets = rows[:, 1:].clone()  # of one row, contiguous() would be a view
-    if mix.laws:
-        targets[targets == mix.vocabulary.pad] = -1
+def read_batch(phase, lo, hi):
+    """Samples lo to hi - 1 of a phase as `model_inputs`, and their source (B,). Pad and prefixes are no targets."""
+    rows, source, prefix = phase.mix.batch(lo, hi)
+    targets = rows[:, 1:].astype(np.int64)
+    if phase.mix.objectives:
+        targets[targets == phase.mix.vocabulary.pad] = -1
     if prefix is not None:
         targets[prefix[:, 1:] > 0] = -1
-    if doc is not None:  # what follows the last span that is told is the next document
-        targets[(doc[:, 1:] != doc[:, :-1]) & (rows[:, :-1] == mix.vocabulary.eom)] = -1
-    return rows[:, :-1].contiguous(), targets, source, attention_inputs(prefix, doc, place, cfg)
+    return model_inputs(rows, targets, prefix, phase) | {"source": torch.from_numpy(source)}
 
 
-def attention_inputs(prefix, doc, place, cfg):
-    """Of rows (B, T + 1), on the device, None where all is causal -> keywords of the model: its mask and positions."""
-    if prefix is None and doc is None:
-        return {}
-    prefix, doc, place = (some if some is None else some[:, :-1].contiguous() for some in (prefix, doc, place))
-    return {"mask": batch_mask(cfg.block_size, prefix, doc, find_device(cfg)[1]), "pos": place}
+def model_inputs(rows, targets, prefix, phase):
+    """Rows, uint16 (B, T + 1), targets (B, T), prefix like rows or None -> {name: int64 tensor (B, T)}: tokens,
+    targets; prefix if there is one; doc and pos, the number of a token's document and its place in it, if doc_mask."""
+    inputs = {"tokens": rows[:, :-1], "targets": targets}
+    if prefix is not None:
+        inputs["prefix"] = prefix[:, :-1]
+    if phase.cfg.doc_mask:
+        vocabulary = phase.mix.vocabulary
+        doc, pos = infill.documents(rows, vocabulary)
+        # the token after the last span of a document begins another one, of which that span knows nothing
+        inputs["targets"] = np.where((doc[:, 1:] > doc[:, :-1]) & (rows[:, :-1] == vocabulary.eom), -1, targets)
+        inputs |= {"doc": doc[:, :-1], "pos": pos[:, :-1]}
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in inputs.items()}
+
+
+def to_device(inputs, device, dtype):
+    """What `read_batch` or `model_inputs` made -> on the device: tokens, targets, source or None, and the keywords mask
+    and pos of the model."""
+    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    tokens, targets = inputs["tokens"], inputs["targets"]
+    mask = batch_mask(tokens.shape[1], inputs.get("prefix"), inputs.get("doc"), dtype)
+    return tokens, targets, inputs.get("source"), {"mask": mask, "pos": inputs.get("pos")}
 
 
 # ---------------------------------------------------------------------------------------------- model and optimizer
@@ -619,9 +629,8 @@ class Log:
 
 
 @torch.no_grad()
-def evaluate(model, sets, phase, vocabulary, device, stop):
-    """Of each source's held-out windows: mean loss in nats a token, and bits per byte; of its holes bits per byte with
-    the suffix (middle_bpb) and without (alone_bpb). None if `stop` came up.
+def evaluate(model, sets, phase, device, stop):
+    """Of each set that `held_out` made: mean loss in nats a target, and bits per byte. None if `stop` came up.
 
     Bits per byte = sum of losses / ln 2 / bytes of UTF-8 behind the targets; special ids stand for no bytes. The
     processes share the windows.
@@ -632,28 +641,21 @@ def evaluate(model, sets, phase, vocabulary, device, stop):
             for lo in range(rank() * micro, rank() * micro + len(rows), micro * world()):  # equally often everywhere
                 if stop.agreed():
                     return None
-                some, goal = np.zeros((micro, rows.shape[1]), np.uint16), np.full((micro, targets.shape[1]), -1)
+                some, goals = np.zeros((micro, rows.shape[1]), np.uint16), np.full((micro, targets.shape[1]), -1)
                 n = len(rows[lo : lo + micro])  # always one shape, so compiled once
-                some[:n], goal[:n] = rows[lo : lo + micro], targets[lo : lo + micro]
-                doc, place = infill.documents(some, vocabulary) if phase.cfg.doc_mask else (None, None)
-                tokens, goal, doc, place = (
-                    array if array is None else torch.from_numpy(array).long().to(device)
-                    for array in (some, goal, doc, place)
-                )  # fmt: skip
-                how = attention_inputs(None, doc, place, phase.cfg)
-                losses[i] += model(tokens[:, :-1].contiguous(), goal, **how)[1].to(losses.dtype).sum()
+                some[:n], goals[:n] = rows[lo : lo + micro], targets[lo : lo + micro]
+                tokens, goals, _, how = to_device(model_inputs(some, goals, None, phase), device, model.dtype)
+                losses[i] += model(tokens, goals, **how)[1].to(losses.dtype).sum()
     finally:
         for module in model.modules():  # FSDP would keep the gathered weights for a backward pass
             if isinstance(module, FSDPModule):
                 module.reshard()
     all_reduce(losses)
     result = {}
-    for ((name, kind), (_, targets, n_bytes)), loss in zip(sets.items(), losses.tolist(), strict=True):
-        n_tokens, bpb = int((targets >= 0).sum()), loss / math.log(2) / n_bytes if n_bytes else None
-        if kind:
-            result[name][f"{kind}_bpb"] = bpb
-        else:
-            result[name] = {"loss": loss / n_tokens, "bpb": bpb, "tokens": n_tokens}
+    for (name, (_, targets, n_bytes)), loss in zip(sets.items(), losses.tolist(), strict=True):
+        n_targets = int((targets >= 0).sum())
+        bpb = loss / math.log(2) / n_bytes if n_bytes else None
+        result[name] = {"loss": loss / n_targets, "bpb": bpb, "tokens": n_targets}
     return result
 
 
@@ -738,8 +740,7 @@ def rehearse(model, phase, device, stop):
 
     Stopped if a signal came: before every block, because to compile them all may take longer than a cluster waits.
     """
-    batch = read_batch(phase.mix, phase.cfg, 0, phase.micro)
-    tokens, targets, _, how = place_batch(batch, phase.mix, phase.cfg, device)
+    tokens, targets, _, how = to_device(read_batch(phase, 0, phase.micro), device, model.dtype)
     hooks = [block.register_forward_pre_hook(lambda *_: stop.here()) for block in model.blocks]
     for last in (phase.micro_steps == 1, True):  # the first one compiles; its gradients stay if they will in training
         end_of_batch(model, phase.cfg, last)
@@ -802,16 +803,10 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     return lr, norm
 
 
-def in_bits(v):
-    if not v["bpb"]:
-        return ""
-    infilled = f", middle {v['middle_bpb']:.4f}, without suffix {v['alone_bpb']:.4f}" if "middle_bpb" in v else ""
-    return f" ({v['bpb']:.4f} bits/byte{infilled})"
-
-
 def log_evaluation(log, phase, step, values):
     log.write(step, {"val": values})
-    each = "   ".join(f"{name} {v['loss']:.4f}{in_bits(v)}" for name, v in values.items())
+    bits = {name: f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "" for name, v in values.items()}
+    each = "   ".join(f"{name} {v['loss']:.4f}{bits[name]}" for name, v in values.items())
     tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {each}")
 
 
@@ -869,7 +864,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     device: str
     peak: float  # FLOP/s of all processes
-    sets: dict  # held-out windows by source
+    sets: dict  # of `held_out`
     tokenizer: dict | None
     stop: Stop
     saver: checkpoint.Saver
@@ -892,7 +887,7 @@ def train_phase(run, phase, state, parent):
             checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
     if state:
         log.write(step, {"event": "resume"})
-    feeder = Feeder(phase, step, run.device)
+    feeder = Feeder(phase, step, run.device, model.dtype)
     bar = tqdm(total=phase.steps, initial=step, desc=phase.name, unit="step", disable=rank() > 0 or None, leave=False)
 
     def due(every):
@@ -911,7 +906,7 @@ def train_phase(run, phase, state, parent):
     since, done = (time.perf_counter(), step), False  # where the log line under way began
     while (why := run.stop.agreed(saver.failed())) != "failed":
         if not why and evaluated != step and (step in (0, phase.steps) or due(cfg.eval_every)):
-            if (values := evaluate(model, run.sets, phase, mix.vocabulary, run.device, run.stop)) is None:
+            if (values := evaluate(model, run.sets, phase, run.device, run.stop)) is None:
                 continue  # and hear why
             log_evaluation(log, phase, step, values)
             evaluated, since = step, (time.perf_counter(), step)
@@ -947,14 +942,11 @@ def report(phase):
     """The table at the end of a phase: held-out loss before and after, from its log."""
     with open(phase.folder / "log.jsonl") as f:
         evaluations = [record["val"] for line in f if "val" in (record := json.loads(line))]
-    print(f"\n{phase.name:<8} held out               loss before    after   bits/byte before    after")
+    print(f"\n{phase.name:<8} held out                         loss before    after   bits/byte before    after")
     for name in (name for name in evaluations[0] if name in evaluations[-1]):
         before, after = evaluations[0][name], evaluations[-1][name]
         bits = f"   {before['bpb']:16.4f} {after['bpb']:8.4f}" if before["bpb"] else ""
-        print(f"         {name:<22} {before['loss']:11.4f} {after['loss']:8.4f}{bits}")
-        for what, key in (("middles of holes", "middle_bpb"), ("without suffix", "alone_bpb")):
-            if key in before and key in after:
-                print(f"           {what:<20} {'':>20}   {before[key]:16.4f} {after[key]:8.4f}")
+        print(f"         {name:<32} {before['loss']:11.4f} {after['loss']:8.4f}{bits}")
 
 
 def show_changes(saved, cfg):
@@ -1039,7 +1031,8 @@ def train(named, fresh, stop):
     check_same({
         **{name: dataclasses.asdict(c) for name, c in named}, "torch": torch.__version__, "arithmetic": str(dtype),
         "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": weights,
-        "held out": {key: hashlib.sha256(rows).hexdigest() for key, (rows, _, _) in sets.items()},
+        "held out": {name: hashlib.sha256(rows).hexdigest() + hashlib.sha256(targets).hexdigest()
+                     for name, (rows, targets, _) in sets.items()},
     })  # fmt: skip
     phases = phases[start.done :]
     if not phases:
@@ -1145,12 +1138,12 @@ def show_plan(named):
         state = checkpoint.load_state(checkpoint.find(cfg.init_from))
         start, tokens = state["drawn"], state["tokens"]
     meta, encoding = the_tokenizer({name: source for name, source in sources.items() if isinstance(source, Source)})
-    opened = any(isinstance(source, Source) for source in sources.values())
-    phases = build_phases(named, sources, start, tokens, the_vocabulary(named, encoding) if opened else None)
+    here = all(isinstance(source, Source) for source in sources.values())
+    phases = build_phases(named, sources, start, tokens, the_vocabulary(named, encoding) if here else None)
     vocab_real = meta["vocab_size"] if meta else cfg.vocab_size or tokenizer.load().n_vocab
     with torch.device("meta"):
         model = GPT(model_config(cfg, vocab_real))
-    print_plan(phases, model, "plan     only; nothing is read, written or trained")
+    print_plan(phases, model, "plan     only; nothing is written or trained")
     return True
 
 
@@ -1167,7 +1160,7 @@ def run_command(named, flags, refused, stop):
             again = any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
             train(named, "fresh" in flags and not again, stop)
     except Stopped as signal_name:
-        print(f"{signal_name}: stopped before a step was made; the same command begins again")
+        print(f"{signal_name}: stopped before this start made a step; the same command continues")
     except (ConfigError, MixError, InfillError, CheckpointError, TokenizerError, OSError, LossError) as error:
         if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
             print(f"train.py: {error}", file=sys.stderr)

@@ -82,7 +82,8 @@ def plain(q, k, v, scale, mask=None):
     """Attention from plain products, ROWS queries at a time, each against the keys that it can see.
 
     On a CPU, contexts up to 1,024 train twice as fast so in bf16 as with scaled_dot_product_attention, whose backward
-    is slow there, and no slower in fp32. Keeps about B * H * T^2 / 2 probabilities for the backward. mask: DenseMask.
+    is slow there, and no slower in fp32 (measured for causal attention). Keeps B * H * T^2 / 2 probabilities for the
+    backward, under a prefix mask all B * H * T^2. mask: DenseMask.
     """
     T, out = q.shape[2], []
     q = q * scale
@@ -97,16 +98,14 @@ def plain(q, k, v, scale, mask=None):
     return torch.cat(out, dim=2)
 
 
-def attention(q, k, v, prefix=None, doc=None, scale=None, mask=None):
+def attention(q, k, v, scale=None, mask=None):
     """softmax(scale * q k^T under the mask) v.
 
     q: (B, H, Tq, D); k, v: (B, H, Tk, D), Tk >= Tq: the queries are the last Tq positions, as with a key-value cache.
-    prefix, doc: see `attention_mask`; or `mask`, what `batch_mask` made of them, for Tq = Tk. scale: 1/sqrt(D) unless
-    given; muP wants 1/D (arXiv 2203.03466, section 5). Returns (B, H, Tq, D) in q's dtype.
+    mask: what `batch_mask` made, for Tq = Tk; None: causal. scale: 1/sqrt(D) unless given; muP wants 1/D (arXiv
+    2203.03466, section 5). Returns (B, H, Tq, D) in q's dtype.
     """
     Tq, Tk = q.shape[2], k.shape[2]
-    if mask is None and Tq == Tk:
-        mask = batch_mask(Tq, prefix, doc, q.dtype)
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         return flex(q, k, v, block_mask=mask, scale=scale)
@@ -116,7 +115,6 @@ def attention(q, k, v, prefix=None, doc=None, scale=None, mask=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, scale=scale)
     if Tq == Tk:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    if Tq == 1 and prefix is None and doc is None:  # one new token sees everything in the cache
+    if Tq == 1:  # one new token sees everything in the cache
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    seen = attention_mask(Tq, Tk, prefix, doc, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(Tq, Tk, device=q.device), scale=scale)

@@ -453,7 +453,7 @@ def test_attention_under_every_mask(T, which, dtype):
 
 
 @pytest.mark.parametrize("which", WHICH)
-def test_a_mask_is_its_rule_told_pair_by_pair(which):
+def test_a_mask_is_its_rule_pair_by_pair(which):
     T = 24
     prefix, doc = draw_masks(T, which, "cpu")
     seen = torch.zeros(3, 1, T, T, dtype=torch.bool)
@@ -470,7 +470,7 @@ def test_a_mask_is_its_rule_told_pair_by_pair(which):
     with torch.no_grad():  # FlexAttention has no backward on a CPU
         block_mask = create_block_mask(rule, 3, None, T, T, "cpu")
         got = flex_attention(q, k, v, block_mask=block_mask, scale=0.125)
-        assert torch.allclose(got, attention(q, k, v, scale=0.125, prefix=prefix, doc=doc), atol=1e-6)
+        assert torch.allclose(got, attention(q, k, v, scale=0.125, mask=batch_mask(T, prefix, doc)), atol=1e-6)
 
 
 @pytest.mark.parametrize("which", WHICH[1:])
@@ -491,7 +491,7 @@ def test_masks_of_new_batches_need_no_new_compilation(which):
             for mask in masks:
                 with torch._dynamo.config.patch(error_on_recompile=seed > 0):
                     got = compiled(q, k, v, mask=mask)
-                assert torch.allclose(got, attention(q, k, v, *given), atol=1e-2 if GPU else 1e-5)
+                assert torch.allclose(got, attention(q, k, v, mask=masks[0]), atol=1e-2 if GPU else 1e-5)
     assert GPU or counter.frame_count == 2  # of DenseMask and of BlockMask
 
 
