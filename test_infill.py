@@ -488,7 +488,7 @@ def own_documents(row, vocabulary):
     return [span for span in spans if span[0] < len(row) - 1]  # the last token is no input
 
 
-def test_a_document_is_what_stands_between_end_marks_and_what_is_told_of_it(windows):
+def test_a_document_is_what_stands_between_ends_of_text_and_its_spans_after_them(windows):
     for row, key in zip(windows[:3_000], KEYS, strict=False):
         for objective in (Codegen2(1), Fim(0.9)):
             new = infill.rearrange(row[None], np.array([key], np.uint64), objective, V)[0]

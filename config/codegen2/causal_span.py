@@ -1,10 +1,11 @@
 """CodeGen2 (arXiv 2305.02309) at laptop size, the recipe of its release: code alone; half of the windows causal,
-in the other half spans masked and told after each document.
+in the other half spans masked, and spelt out after each document.
 
-The block sums attention and MLP of one norm, a quarter of the channels rotates, head and embedding are two matrices,
-and there is a z-loss, as there. Ranges of mask ratio and span length, learning rate and batch were not published:
-codegen2's defaults are ours, and the rate is what this size likes under muP. Betas, decay and the end at 10% are
-CodeGen-1's.
+As there, the block sums attention and MLP of one norm, a quarter of the channels rotates (in the 1B model half), head
+and embedding are two matrices, and there is a z-loss; its MLP of four widths with GELU and biases is here our SwiGLU.
+Ranges of mask ratio and span length, learning rate and batch were not published: codegen2's defaults are ours, and
+lr_peak is what phase1.py's sweep chose for the sequential block. Betas, the cosine and its end at 10% are CodeGen-1's,
+whose warmup is 1% of the steps; so short a run wants a longer one.
 """
 
 size = "nano"
