@@ -399,7 +399,7 @@ def test_a_signal_to_one_process_stops_all_of_them_with_a_checkpoint(moment, ran
     said = trained(command, before=before)
     assert time.time() - start < 30
     if moment == "rehearse":
-        assert f"{number.name}: stopped before a step was made" in said[0] and not said[1]
+        assert f"{number.name}: stopped before this start made a step" in said[0] and not said[1]
         assert not (tmp_path / "out/a/checkpoints").exists()
         trained(command)
         assert_same_run(losses(tmp_path / "out", "a"), only("a", halves))

@@ -661,7 +661,7 @@ def test_too_many_bad_steps_in_a_row_stop_with_their_samples_and_skip_goes_on_wi
     read, real = set(), train.Feeder.read
     monkeypatch.setattr(
         train.Feeder, "read",
-        lambda self, lo, hi: (read.update(self.mix.position(n) for n in range(lo, hi)), real(self, lo, hi))[1],
+        lambda self, lo, hi: (read.update(self.phase.mix.position(n) for n in range(lo, hi)), real(self, lo, hi))[1],
     )  # fmt: skip
     assert train.main(phases("a", max_skips=3, skip="[(160, 176)]")) == 0
     assert read == set(range(176, 18 * 16 + 16))
