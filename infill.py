@@ -54,10 +54,12 @@ def below(x, size):
 def draws(key, number, n):
     """n <= 4 scrambled numbers for document `number` of the window with this key; -1 for the window itself.
 
-    Two ints -> ints; uint64 (P,) both, or such keys and an int -> uint64 (P,) each.
+    Two ints -> [ints]; uint64 (P,) both, or such keys and an int -> uint64 (n, P).
     """
     start = key + (4 * (number + 1) * GOLDEN & WORD)
-    return [scramble(start + (i * GOLDEN & WORD) & WORD) for i in range(n)]
+    if isinstance(start, np.ndarray):
+        return scramble(start + np.arange(n, dtype=np.uint64)[:, None] * GOLDEN)
+    return [scramble(start + i * GOLDEN & WORD) for i in range(n)]
 
 
 def chance(x, rate):
@@ -206,10 +208,10 @@ class Vocabulary:
             "line": lambda token: [i + 1 for i, byte in enumerate(token) if byte == ord("\n")],
         }
         offsets = [begins[unit](token) for token in self.token_bytes]
-        many = np.array([len(some) for some in offsets])
+        many = np.array([len(some) for some in offsets], np.int16)  # of all, to be summed for every token of a batch
         opens = np.array([some[:1] == [0] for some in offsets])
         closes = np.array([some[-1:] == [len(token)] for some, token in zip(offsets, self.token_bytes, strict=True)])
-        return many, opens, closes, many.cumsum() - many, np.concatenate(offsets).astype(np.int64)
+        return many, opens, closes, many.cumsum(dtype=np.int64) - many, np.concatenate(offsets).astype(np.int64)
 
 
 def beginnings(rows, level, vocabulary):
@@ -241,22 +243,23 @@ def fim(rows, keys, objective, vocabulary):
             [crystal_fim(row, key, objective, vocabulary) for row, key in zip(rows, keys.tolist(), strict=True)]
         )
     (n, W), flat = rows.shape, rows.ravel()
-    begins = beginnings(rows, objective.level, vocabulary)
+    begin = beginnings(rows, objective.level, vocabulary).ravel().nonzero()[0]
     if objective.level == "document":
         (open_end,) = (rows[:, -1] != vocabulary.eot).nonzero()
-        last = W - 1 - begins[open_end, ::-1].argmax(1)
+        row_end = (open_end + 1) * W
+        last = begin[begin.searchsorted(row_end) - 1]
         (x,) = draws(keys[open_end], -1, 1)
-        begins[open_end, last + below(x, (W - last).astype(np.uint64)).astype(np.int64)] = True
-    begin = begins.ravel().nonzero()[0]
-    end = np.append(begin[1:], n * W)
+        begin = np.unique(np.append(begin, last + below(x, (row_end - last).astype(np.uint64)).astype(np.int64)))
+    end, row = np.append(begin[1:], n * W), begin // W
     ended = flat[end - 1] == vocabulary.eot
-    number = begins.cumsum(1).ravel()[begin] - 1
-    flip, order, x, y = draws(keys[begin // W], number.astype(np.uint64), 4)
+    first = begin.searchsorted(np.arange(n) * W)[row]  # piece of the row
+    number = (np.arange(len(begin)) - first).astype(np.uint64)
+    flip, order, x, y = draws(keys[row], number, 4)
     moved = chance(flip, objective.rate)
     spm = chance(order, objective.spm) * objective.spm_variant
     marked = (4 + ~ended) * moved
     before = marked.cumsum() - marked
-    room = W - 4 - begin % W - (before - before[number == 0][begin // W])  # roughly: tokens that are cut become longer
+    room = W - 4 - begin % W - (before - before[first])  # roughly: tokens that are cut become longer
     stop = np.minimum(end - ended, begin + room)
     (some,) = (moved & (stop > begin)).nonzero()
     found, places = two_cuts(flat, begin[some], stop[some], objective.cut, x[some], y[some], vocabulary)
@@ -289,7 +292,8 @@ def two_cuts(ids, begin, end, unit, x, y, vocabulary):
     -> int64 (Q,), which of the P have so many; (4, Q), token and byte in it of the first and of the second place.
     """
     many, opens, closes, first, offsets = vocabulary.cuts(unit)
-    before = np.append(0, many.take(ids).cumsum())
+    before = np.zeros(len(ids) + 1, np.int64)
+    many.take(ids).cumsum(out=before[1:])
     low, high = before[begin] + opens[ids[begin]], before[end] - closes[ids[end - 1]]
     (found,) = (high - low >= 2).nonzero()
     pair = np.stack(two_below(low[found], high[found], x[found], y[found]))

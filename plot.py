@@ -45,11 +45,13 @@ def draw(records, to):
 
     losses, held_out, phases = series(records)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    names = sorted(losses.keys() | held_out.keys())  # one colour in both panels
     panels = ((losses, "training loss, nats a token", ""), (held_out, "held out, bits a byte", "o"))
     for axis, (curves, title, marker) in zip(axes, panels, strict=True):
         for name, points in sorted(curves.items()):
             x, y = zip(*points, strict=True)
-            axis.plot([tokens / 1e6 for tokens in x], y, marker=marker, markersize=4, label=name)
+            colour = f"C{names.index(name)}"
+            axis.plot([tokens / 1e6 for tokens in x], y, marker=marker, markersize=4, label=name, color=colour)
         late = [
             y for points in curves.values() for _, y in points[len(points) // 10 :]
         ]  # the first fall hides the rest
