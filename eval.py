@@ -1,41 +1,423 @@
-"""How well a checkpoint fills holes in held-out documents.
+"""How good a checkpoint is: bits per byte of held-out text, and tasks read from files, with what chance would get.
 
-    python eval.py out/phase2                       # holes in the held-out part of the data it was trained on
-    python eval.py out/phase2 --source=text --holes=500 --temperature=0 --data=other/data
+    python eval.py out/phase3                                     # held-out parts of its sources, and holes in them
+    python eval.py out/phase3 --tasks=code_spans --generate       # fill the holes, and see what is right
+    python eval.py out/phase3 --data=eval                         # and quick ones of the task files in a folder
+    python eval.py out/phase3 --data=eval --tasks=humaneval,mbpp --run-code --samples_per_task=20
+    python eval.py --compare a.json b.json                        # item by item, with intervals
+    python eval.py out/phase?/eval-*.json --plot=curves.png       # earlier results, over tokens
 
-Two kinds of holes, in as much of a document as half a context holds: a span between any two characters, and a line.
-Texts before and after a hole are encoded apart, as they come from a person. For each kind:
+Results go to eval-<step>.json beside the checkpoints, or --out, after every task; the same command goes on from there.
 
-- stops: how often the model ends its answer by itself, before the context is full
-- exact: how often that is what stood there, but for white space around it
-- bits per byte of what stood there, after prefix and suffix in the layout that was trained, and after the prefix alone
+| kind       | fields                                | what is scored                                                  |
+|------------|---------------------------------------|-----------------------------------------------------------------|
+| choice     | context, sep, choices, answer (index) | which sep + choice is likeliest after the context               |
+| schema     | contexts, sep, continuation, answer   | after which context sep + continuation is likeliest             |
+| completion | context, sep, answer                  | whether every token of sep + answer is the likeliest; its bits |
+| code       | prompt, solution, tests               | bits of the solution; --run-code: share of samples that pass    |
+| infill     | prompt, suffix, answer, maybe tests   | bits of the answer, in the order that was trained; --generate   |
+| text       | text                                  | bits                                                            |
+
+Conventions are lm-evaluation-harness': context and continuation are encoded together and cut where the context's ids
+end; white space at a context's end moves to the continuation; acc_norm divides log-likelihoods by characters of the
+choice without sep; what is too long loses its beginning. An end of text stands before every context.
 """
 
 import argparse
+import bisect
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import lzma
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+import checkpoint
 import infill
+import sandbox
 import tokenizer
 from checkpoint import CheckpointError
+from kernels.attention import DenseMask
 from mix import MixError, Source
+from processes import all_reduce, rank, world
 from sample import fill, load_model, trained_layout, vocabulary_for
 
+QUICK = (
+    "blimp", "lambada", "hellaswag", "piqa", "arc_easy", "sciq", "basic_skills", "py_minpairs", "py_ident",
+    "code_brackets", "mt_mbpp", "conala",
+)  # fmt: skip
+FIELDS = {
+    "choice": ("context", "sep", "choices", "answer"),
+    "schema": ("contexts", "sep", "continuation", "answer"),
+    "completion": ("context", "sep", "answer"),
+    "code": ("prompt", "solution"),
+    "infill": ("prompt", "suffix", "answer"),
+    "text": ("text",),
+}
+SCORES = ("acc", "acc_norm", "p", "suffix_gain", "stops", "exact")
+CODE_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")  # where a completed function is over
 
-def documents(folder, block_size, vocabulary, many):
-    """The longest document's first half context of each of `many` held-out windows, as text."""
-    source = Source(folder, "val", block_size)
-    for row in source.rows(0, min(source.windows, many)):
-        begin, end = infill.longest_document(row, vocabulary)
-        ids = row[
-            begin : min(end, begin + block_size // 2 - 8)
-        ]  # whole in the context beside half of one for an answer
-        yield b"".join(vocabulary.token_bytes[i] for i in ids).decode(errors="ignore")
+
+class EvalError(Exception):
+    """The user's mistake, in one line."""
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclasses.dataclass
+class Task:
+    name: str
+    kind: str  # of FIELDS
+    group: str
+    examples: list  # of dicts
+    sha256: str  # of all examples
+
+
+def read_tasks(folder, names, limit):
+    """Tasks of a folder of <name>.jsonl or <name>.jsonl.xz, their first `limit` examples. names: of tasks, or of groups
+    that tasks.json there knows, "quick" or "all". EvalError."""
+    paths = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
+    about = json.loads((folder / "tasks.json").read_text()) if (folder / "tasks.json").exists() else {}
+    wanted = []
+    for name in names:
+        group = [task for task in paths if about.get(task, {}).get("group") == name]
+        known = {name: group, "quick": [task for task in QUICK if task in paths], "all": [*paths]}
+        found = [name] if name in paths else known[name]
+        if not found:
+            raise EvalError(f"{folder} has no task or group {name!r}; it has {', '.join(paths) or 'no .jsonl files'}")
+        wanted += found
+    return [read_task(paths[name], about.get(name, {}).get("group", "other"), limit) for name in dict.fromkeys(wanted)]
+
+
+def read_task(path, group, limit):
+    with lzma.open(path, "rt") if path.suffix == ".xz" else open(path, encoding="utf-8") as f:
+        lines = [*itertools.islice(f, limit)]
+    try:
+        examples = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise EvalError(f"{path} is not JSON lines: {error}") from None
+    kind = examples[0].get("kind") if examples else None
+    if kind not in FIELDS:
+        raise EvalError(f"{path} has kind {kind!r}, which is none of {', '.join(FIELDS)}")
+    for n, example in enumerate(examples, 1):
+        if lacking := [field for field in FIELDS[kind] if field not in example]:
+            raise EvalError(f"{path}, line {n}, lacks {', '.join(lacking)}, which kind {kind} needs")
+    sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return Task(path.name.split(".")[0], kind, group, examples, sha256)
+
+
+# ------------------------------------------------------------------------------------------------------ log-likelihoods
+
+
+def split(encode, context, continuation):
+    """Ids of a context and of what goes on after it, encoded as one text; whether the former are the context's own."""
+    body = context.rstrip()
+    whole, head = encode(context + continuation), encode(body)
+    return head, whole[len(head) :], whole[: len(head)] == head
+
+
+def requests(example, kind, encode, eot, layout, vocabulary, block_size):
+    """What is to be scored of an example: [(context ids, [continuation ids, ...])], and the bytes behind each
+    continuation."""
+    if kind == "text":
+        ids, made = example.get("ids") or [eot, *encode(example["text"])], []
+        for begin in range(0, len(ids) - 1, block_size):  # every token once, the last ones after a full context
+            end = min(begin + block_size, len(ids) - 1)
+            first = max(0, end - block_size)
+            made.append((ids[first : begin + 1], [ids[begin + 1 : end + 1]]))
+        return made
+    if kind == "infill":
+        head, tail = (np.array(encode(example[part]), np.uint16) for part in ("prompt", "suffix"))
+        answer = encode(example["answer"])
+        return [(infill.prompt(head, tail, layout, vocabulary).tolist(), [answer]), ([eot, *head.tolist()], [answer])]
+    pairs = {
+        "choice": lambda e: [(e["context"], e["sep"] + choice) for choice in e["choices"]],
+        "schema": lambda e: [(context, e["sep"] + e["continuation"]) for context in e["contexts"]],
+        "completion": lambda e: [(e["context"], e["sep"] + e["answer"])],
+        "code": lambda e: [(e["prompt"], e["solution"])],
+    }[kind](example)
+    made = []
+    for context, continuation in pairs:
+        head, rest, _ = split(encode, context, continuation)
+        if made and made[-1][0] == [eot, *head]:  # choices after one context
+            made[-1][1].append(rest)
+        else:
+            made.append(([eot, *head], [rest]))
+    return made
+
+
+def pack(requests, length):
+    """Requests -> rows of at most `length` tokens, as many in each as fit; each row is [(context, [(number of the
+    continuation, its ids), ...]), ...].
+
+    Continuations of one context follow it side by side. A request that is too long is taken apart, then loses its
+    beginning.
+    """
+    pieces, number = [], 0
+    for context, continuations in requests:
+        numbered = [*enumerate(continuations, number)]
+        number += len(numbered)
+        if len(context) + sum(len(ids) - 1 for ids in continuations) <= length:
+            pieces.append((context, numbered))
+        else:
+            for n, ids in numbered:
+                whole, ids = [*context, *ids][-length - 1 :], ids[-length:]
+                pieces.append((whole[: -len(ids)], [(n, ids)]))
+    sizes = [len(context) + sum(len(ids) - 1 for _, ids in numbered) for context, numbered in pieces]
+    rows, room = [], []  # room: sorted (tokens left, row)
+    for i in sorted(range(len(pieces)), key=lambda i: -sizes[i]):
+        at = bisect.bisect_left(room, (sizes[i], -1))
+        left, row = room.pop(at) if at < len(room) else (length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(pieces[i])
+        bisect.insort(room, (left - sizes[i], row))
+    return rows
+
+
+def lay_out(rows, length):
+    """Rows of `pack` -> tokens, piece, branch, pos, int64 (B, length) each: the piece of its row that a token belongs
+    to, from 1 on; the continuation in it, from 1 on, 0 for the context; its position in context and continuation. And
+    (row, column, id, number): in which state which id is predicted, for which continuation, int64 (N,) each."""
+    tokens, piece, branch, pos = np.zeros((4, len(rows), length), np.int64)
+    asked = []
+    for r, row in enumerate(rows):
+        at = 0
+        for n, (context, numbered) in enumerate(row, 1):
+            last, end = at + len(context) - 1, at + len(context)
+            tokens[r, at:end], pos[r, at:end] = context, range(len(context))
+            for k, (number, ids) in enumerate(numbered, 1):
+                columns = [last, *range(end, end + len(ids) - 1)]
+                asked += [(r, column, token, number) for column, token in zip(columns, ids, strict=True)]
+                stop = end + len(ids) - 1
+                tokens[r, end:stop], branch[r, end:stop] = ids[:-1], k
+                pos[r, end:stop] = range(len(context), len(context) + len(ids) - 1)
+                end = stop
+            piece[r, at:end] = n
+            at = end
+    return (tokens, piece, branch, pos), np.array(asked, np.int64).reshape(-1, 4).T
+
+
+@torch.no_grad()
+def log_likelihoods(model, requests, tokens_per_batch=16_384):
+    """Of every continuation, in order: the sum of its tokens' log-probabilities in nats, float64, and whether each was
+    the likeliest, bool. The processes share the work.
+
+    Rows have one length and hold several requests; each token sees its own context and continuation, so this is what a
+    request alone gives, to rounding.
+    """
+    device, length = model.wte.weight.device, model.config.block_size
+    rows, total = pack(requests, length), sum(len(continuations) for _, continuations in requests)
+    sums, misses = torch.zeros(2, total, dtype=torch.float64, device=device)
+    many = max(1, tokens_per_batch // length)
+    for at in range(rank() * many, rank() * many + len(rows), many * world()):  # equally often everywhere
+        some = rows[at : at + many]
+        arrays, asked = lay_out(some + [[]] * (many - len(some)), length)  # of one shape, so compiled once
+        tokens, piece, branch, pos = (torch.from_numpy(array).to(device) for array in arrays)
+        seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        seen = seen & (piece[:, :, None] == piece[:, None])
+        seen &= (branch[:, None] == 0) | (branch[:, :, None] == branch[:, None])
+        bias = torch.zeros(len(tokens), 1, length, length, dtype=model.dtype, device=device)
+        mask = DenseMask(bias.masked_fill_(~seen[:, None], float("-inf")), True)
+        row, column, target, number = (torch.from_numpy(array).to(device) for array in asked)
+        states = model.hidden(tokens, mask=mask, pos=pos)[row, column]
+        for x, goal, n in zip(*(part.split(4096) for part in (states, target, number)), strict=True):
+            logits = model.logits(x)
+            picked = logits.gather(1, goal[:, None])[:, 0]
+            sums.index_add_(0, n, (picked - logits.logsumexp(1)).double())
+            misses.index_add_(0, n, (logits.argmax(1) != goal).double())
+    all_reduce(sums)
+    all_reduce(misses)
+    return sums.cpu().numpy(), (misses == 0).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+
+
+def score(task, model, encoding, layout, vocabulary, tokens_per_batch):
+    """Measures of every example that need only log-likelihoods: {name: [value, ...]}.
+
+    "bits" and "bytes" of what was right; "acc", "acc_norm", "p" of the right choice; "given", the place of the answer
+    given; "suffix_gain", bits per byte that the suffix of a hole saves; "logs", nats of each continuation.
+    """
+    encode, eot, kind = encoding.encode_ordinary, tokenizer.eot(encoding), task.kind
+    asked = [requests(e, kind, encode, eot, layout, vocabulary, model.config.block_size) for e in task.examples]
+    logs, greedy = log_likelihoods(model, [*itertools.chain(*asked)], tokens_per_batch)
+    made, at = collections.defaultdict(list), 0
+    for example, some in zip(task.examples, asked, strict=True):
+        end = at + sum(len(continuations) for _, continuations in some)
+        mine, at = logs[at:end], end
+        right = {"choice": example.get("answer"), "schema": example.get("answer"), "infill": 0}.get(kind, slice(None))
+        made["logs"].append(mine.tolist())
+        made["bits"].append(-float(np.sum(mine[right])) / math.log(2))
+        made["bytes"].append(example.get("bytes") or len(answer_text(example, kind).encode()))
+        if kind in ("choice", "schema"):
+            made["acc"].append(share_of_best(mine, right))
+            if kind == "choice":
+                made["acc_norm"].append(share_of_best(mine / [len(choice) for choice in example["choices"]], right))
+            made["p"].append(float(np.exp(mine[right] - np.logaddexp.reduce(mine))))
+            made["given"].append(int(mine.argmax()))
+        elif kind == "infill":
+            made["suffix_gain"].append((mine[0] - mine[1]) / math.log(2) / max(1, made["bytes"][-1]))
+        elif kind == "completion":
+            made["acc"].append(float(greedy[end - 1]))
+    return dict(made)
+
+
+def share_of_best(values, right):
+    """1 if one value is the largest and the right one, 1/k if k are, else 0."""
+    return float((values == values.max())[right] / (values == values.max()).sum())
+
+
+def answer_text(example, kind):
+    """What a model has to say of an example, with the separator before it."""
+    if kind == "choice":
+        return example["sep"] + example["choices"][example["answer"]]
+    if kind == "schema":
+        return example["sep"] + example["continuation"]
+    if kind == "completion":
+        return example["sep"] + example["answer"]
+    return example[{"code": "solution", "infill": "answer", "text": "text"}[kind]]
+
+
+def mean(values):
+    """(mean, its standard error)."""
+    values = np.array(values, float)
+    return values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def bits_per_byte(bits, n_bytes, kind):
+    """(bits per byte, its standard error): the mean over answers; of texts the ratio of sums."""
+    bits, n_bytes = np.array(bits), np.maximum(np.array(n_bytes), 1)
+    if kind != "text":
+        return mean(bits / n_bytes)
+    ratio = bits.sum() / n_bytes.sum()
+    return ratio, mean((bits - ratio * n_bytes) / n_bytes.mean())[1]
+
+
+def pass_at(k, n, c):
+    """Chance that one of k samples is right, of which c of n were: 1 - C(n-c, k) / C(n, k), without bias (Codex, arXiv
+    2107.03374, section 2.1)."""
+    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
+
+
+def summary(task, items):
+    """What results say of a task: "scores", {measure: {"mean", "se"}}, what they have to beat, and its items."""
+    scores = {"bpb": bits_per_byte(items["bits"], items["bytes"], task.kind)}
+    scores |= {name: mean(items[name]) for name in items if name in SCORES or name.startswith("pass@")}
+    made = {"kind": task.kind, "group": task.group, "n": len(task.examples), "sha256": task.sha256}
+    made["scores"] = {name: {"mean": float(m), "se": float(se)} for name, (m, se) in scores.items()}
+    if task.kind in ("choice", "schema"):
+        sizes = [len(e.get("choices") or e["contexts"]) for e in task.examples]
+        answers = np.bincount([e["answer"] for e in task.examples])
+        given = np.bincount(items["given"]) / len(task.examples)
+        made["chance"] = float(np.mean([1 / size for size in sizes]))
+        made["constant"] = float(answers.max() / answers.sum())  # who always gives the commonest place
+        made["entropy"] = float(-sum(p * math.log2(p) for p in given if p)) + 0.0  # of the places given, in bits
+    subs = collections.defaultdict(list)
+    for example, value in zip(task.examples, items.get("acc") or np.divide(items["bits"], items["bytes"]), strict=True):
+        subs[example.get("sub")].append(value)
+    if len(subs) > 1:
+        made["subs"] = {str(sub): float(np.mean(values)) for sub, values in subs.items()}
+    return made | {"ids": [str(e.get("id", n)) for n, e in enumerate(task.examples)], "items": items}
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+def write_programs(task, model, encoding, args):
+    """args.samples_per_task continuations of every prompt of a code task -> [[program, ...], ...] with tests appended.
+
+    A prompt loses the white space at its end, as the tokenizer joins line ends with what follows them; the model writes
+    it. A continuation is over where a line begins that no function body has (CODE_ENDS).
+    """
+    n, eot = args.samples_per_task, tokenizer.eot(encoding)
+    prompts = [e["prompt"].rstrip() for e in task.examples for _ in range(n)]
+    ids = [[eot, *encoding.encode_ordinary(prompt)] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    bodies = [""] * len(ids)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for at in range(0, len(order), 64):
+        some = order[at : at + 64]
+        texts, over = [b""] * len(some), [False] * len(some)
+        how = args.max_new_tokens, or_else(args.temperature, 0.2), or_else(args.top_p, 0.95), eot, generator
+        steps = model.generate([ids[i] for i in some], *how)
+        for tokens in steps:
+            for k, token in enumerate(tokens):
+                if token is None:
+                    over[k] = True
+                elif not over[k]:
+                    texts[k] += encoding.decode_single_token_bytes(token)
+                    over[k] = any(end.encode() in texts[k][-200:] for end in CODE_ENDS)
+            if all(over):
+                break
+        for i, text in zip(some, texts, strict=True):
+            body = text.decode(errors="replace")
+            bodies[i] = body[: min([body.find(end) for end in CODE_ENDS if end in body], default=len(body))]
+    tests = [e["tests"] for e in task.examples for _ in range(n)]
+    programs = [f"{prompt}{body}\n{test}" for prompt, body, test in zip(prompts, bodies, tests, strict=True)]
+    return [programs[i : i + n] for i in range(0, len(programs), n)]
+
+
+def fill_holes(task, model, vocabulary, layout, args):
+    """Measures of an infill task that need answers: "stops", whether the model ended its answer by itself, "exact",
+    whether that is what stood there but for white space around it; and the programs, [[program], ...], if there are
+    tests."""
+    generator, made, programs = torch.Generator(args.device).manual_seed(args.seed), collections.defaultdict(list), []
+    for e in task.examples:
+        answer, stopped = fill(
+            model, vocabulary, e["prompt"], e["suffix"], layout, args.max_new_tokens, not args.no_healing,
+            temperature=or_else(args.temperature, 1.0), top_p=or_else(args.top_p, 1.0), generator=generator,
+        )  # fmt: skip
+        text = answer.decode(errors="replace")
+        made["stops"].append(float(stopped))
+        made["exact"].append(float(stopped and text.strip() == e["answer"].strip()))
+        programs.append([f"{e['prompt']}{text}{e['suffix']}\n{e.get('tests', '')}"])
+    return dict(made), programs
+
+
+def or_else(value, default):
+    return default if value is None else value
+
+
+def run_programs(programs, ks, seconds):
+    """{"pass@k": [...] for every k in ks}, of the k that as many samples allow."""
+    verdicts = iter(sandbox.run(itertools.chain(*programs), seconds))
+    passed = [sum(next(verdicts) == "passed" for _ in some) for some in programs]
+    return {f"pass@{k}": [pass_at(k, len(some), c) for some, c in zip(programs, passed, strict=True)]
+            for k in ks if all(k <= len(some) for some in programs)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ held-out parts
+
+
+def held_out(folder, block_size, vocabulary, limit, seed):
+    """Tasks from the held-out part of a source: its windows as text, and two kinds of holes in their longest documents,
+    a span between any two characters and a line, in as much of a document as half a context holds."""
+    source, rng = Source(folder, "val", block_size), np.random.default_rng(seed)
+    rows = source.rows(0, min(source.windows, limit))
+    sha256 = hashlib.sha256(rows).hexdigest()
+    windows = [{"ids": row.tolist(), "bytes": sum(len(vocabulary.token_bytes[i]) for i in row[1:])} for row in rows]
+    made = [Task(folder.name, "text", "held out", windows, sha256)]
+    for place in (span, line):
+        holes = []
+        for row in rows:
+            begin, end = infill.longest_document(row, vocabulary)
+            ids = row[begin : min(end, begin + block_size // 2 - 8)]  # leaves half a context for an answer
+            text = b"".join(vocabulary.token_bytes[i] for i in ids).decode(errors="ignore")
+            if hole := place(text, rng):
+                holes.append(dict(zip(("prompt", "answer", "suffix"), hole, strict=True)))
+        if holes:
+            made.append(Task(f"{folder.name}_{place.__name__}s", "infill", "infilling", holes, sha256))
+    return made
 
 
 def span(text, rng):
@@ -56,75 +438,277 @@ def line(text, rng):
     return "".join(lines[:i]), lines[i], "".join(lines[i + 1 :])
 
 
-@torch.no_grad()
-def nats(model, before, middle):
-    """Loss of ids `middle` after ids `before`, uint16 (n,) both, summed."""
-    ids = torch.from_numpy(np.concatenate([before, middle]).astype(np.int64))[None].to(model.wte.weight.device)
-    ids = ids[:, -model.config.block_size - 1 :]
-    return F.cross_entropy(model(ids[:, :-1])[0, -len(middle) :], ids[0, -len(middle) :], reduction="sum").item()
+# -------------------------------------------------------------------------------------------------------------- output
 
 
-def measure(model, vocabulary, holes, layout, **how):
-    """Shares of holes that stop and that are exact, bits per byte with and without the suffix. how: to sample.fill."""
+def floor(task):
+    """What knows nothing gets: chance, or who always gives the commonest place."""
+    return max(task["chance"], task["constant"])
 
-    def encode(text):
-        return np.array(vocabulary.encoding.encode_ordinary(text), np.uint16)
 
-    stops = exact = n_bytes = 0
-    losses = np.zeros(2)
-    for before, middle, after in holes:
-        answer, stopped = fill(model, vocabulary, before, after, layout, model.config.block_size, **how)
-        stops += stopped
-        exact += stopped and answer.decode(errors="replace").strip() == middle.strip()
-        head, ids, tail = map(encode, (before, middle, after))
-        prefix_only = np.append(vocabulary.sentinels["eot"], head)
-        losses += nats(model, infill.prompt(head, tail, layout, vocabulary), ids), nats(model, prefix_only, ids)
-        n_bytes += len(middle.encode())
-    return stops / len(holes), exact / len(holes), *(losses / math.log(2) / n_bytes)
+def noise(task):
+    """Whether the accuracy is less than two standard errors above the floor."""
+    return "chance" in task and task["scores"]["acc"]["mean"] < floor(task) + 2 * task["scores"]["acc"]["se"]
+
+
+def groups(tasks):
+    """{group: {"acc": mean of (acc - chance) / (1 - chance), "bpb": mean, "tasks": names}}, tasks weighing the same."""
+    made = {}
+    for group in dict.fromkeys(task["group"] for task in tasks.values()):
+        mine = {name: task for name, task in tasks.items() if task["group"] == group}
+        choices = [t for t in mine.values() if "chance" in t]
+        made[group] = {"tasks": [*mine], "bpb": float(np.mean([t["scores"]["bpb"]["mean"] for t in mine.values()]))}
+        if choices:
+            centred = [(t["scores"]["acc"]["mean"] - t["chance"]) / (1 - t["chance"]) for t in choices]
+            made[group]["acc"] = float(np.mean(centred))
+    return made
+
+
+GREY, PLAIN = "\033[90m", "\033[0m"
+
+
+def print_task(name, task, colour):
+    def show(measure, scale=100, form="6.1f"):
+        if measure not in task["scores"]:
+            return " " * 14
+        score = task["scores"][measure]
+        return f"{scale * score['mean']:{form}} ±{scale * score['se']:<6{form[1:]}}"
+
+    others = "  ".join(
+        f"{key} {score['mean']:+.3f} ±{score['se']:.3f}" if key == "suffix_gain" else
+        f"{key} {100 * score['mean']:.1f} ±{100 * score['se']:.1f}"
+        for key, score in task["scores"].items() if key not in ("acc", "acc_norm", "bpb", "p")
+    )  # fmt: skip
+    known = " " * 23
+    if "chance" in task:
+        known = f"{100 * task['chance']:6.1f} {100 * task['constant']:8.1f} {task['entropy']:7.2f}"
+    text = f"{name:<20} {task['n']:>6} {show('acc')} {show('acc_norm')} {known}  {show('bpb', 1, '6.3f')} {others}"
+    print(f"{GREY}{text}  ~{PLAIN}" if noise(task) and colour else f"{text}  ~" if noise(task) else text)
+
+
+def compare(a, b):
+    """Print how two result files differ, paired by item: mean and 95% interval of b - a."""
+    for name in a["tasks"].keys() & b["tasks"].keys():
+        one, two = a["tasks"][name], b["tasks"][name]
+        if one["sha256"] != two["sha256"]:
+            print(f"{name:<20} not the same examples")
+            continue
+        for measure in ("acc", "acc_norm", "pass@1", "exact", "stops", "bpb"):
+            x, y = (bits_of(t) if measure == "bpb" else t["items"].get(measure) for t in (one, two))
+            if x and y:
+                m, se = mean(np.subtract(y, x))
+                print(f"{name:<20} {measure:<8} {m:+8.4f}  [{m - 1.96 * se:+.4f}, {m + 1.96 * se:+.4f}]  n {len(x)}")
+
+
+def bits_of(task):
+    return np.divide(task["items"]["bits"], np.maximum(task["items"]["bytes"], 1)).tolist()
+
+
+def plot(results, to):
+    """One result: its scores, with what they have to beat. Several: every group's over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if len(results) == 1:
+        tasks = {name: task for name, task in results[0]["tasks"].items() if "chance" in task}
+        figure, axis = plt.subplots(figsize=(8, 0.35 * len(tasks) + 1.5), layout="constrained")
+        scores = [task["scores"]["acc"] for task in tasks.values()]
+        colours = ["lightgrey" if noise(task) else "C0" for task in tasks.values()]
+        axis.barh([*tasks], [s["mean"] for s in scores], xerr=[2 * s["se"] for s in scores], color=colours)
+        for y, task in enumerate(tasks.values()):
+            axis.plot([floor(task)] * 2, [y - 0.4, y + 0.4], color="black")
+        axis.set(title="accuracy, two standard errors; lines: chance or the commonest answer")
+    else:
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        results = sorted(results, key=lambda result: result["meta"]["tokens"])
+        names = [*dict.fromkeys(name for result in results for name in result["groups"])]
+        for axis, measure in zip(axes, ("bpb", "acc"), strict=True):
+            for colour, name in enumerate(names):
+                points = [(r["meta"]["tokens"] / 1e6, r["groups"].get(name, {}).get(measure)) for r in results]
+                if points := [point for point in points if point[1] is not None]:
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=f"C{colour}")
+            title = {"bpb": "bits a byte of right answers", "acc": "accuracy, 0 chance, 1 perfect"}[measure]
+            axis.set(title=title, xlabel="tokens seen, millions")
+            axis.grid(alpha=0.2)
+            axis.legend()
+    figure.savefig(to, dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def meta_of(args, state, model, encoding, layout):
+    """Where results come from; `key` decides whether results that are there already are of the same thing."""
+    folder = checkpoint.find(args.checkpoint)
+    key = {
+        "weights": checkpoint.weights_sha256(folder), "tokenizer": tokenizer.digest(encoding), "layout": layout,
+        "dtype": str(model.dtype), "run_code": args.run_code, "generation": [args.samples_per_task, args.max_new_tokens,
+        args.temperature, args.top_p, args.seed, not args.no_healing],
+    }  # fmt: skip
+    return {
+        "key": key, "checkpoint": str(folder), "phase": state["phase"], "step": state["step"],
+        "tokens": state["tokens"], "parameters": model.num_params(), "config": state["config"],
+        "separator": "an end of text before every context", "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def evaluate(task, model, encoding, layout, vocabulary, args):
+    """-> summary of a task, with what came of every example."""
+    items = score(task, model, encoding, layout, vocabulary, args.tokens_per_batch)
+    programs = None
+    if task.kind == "infill" and (args.generate or args.run_code):
+        made, programs = fill_holes(task, model, vocabulary, layout, args)
+        items |= made
+    elif task.kind == "code" and args.run_code:
+        programs = write_programs(task, model, encoding, args)
+    if args.run_code and programs and "tests" in task.examples[0]:
+        items |= run_programs(programs, args.k, args.seconds)
+    return summary(task, items | ({"programs": programs} if programs else {}))
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="*", help="out/<phase>, one of its checkpoints/step-...; or result files")
+    parser.add_argument("--data", type=Path, help="a folder of task files; default: held-out parts alone")
+    parser.add_argument("--tasks", help="names or groups, with commas; quick, all, held_out; default held_out,quick")
+    parser.add_argument("--limit", type=int, help="examples of each task, the first ones; of held-out windows 256")
+    parser.add_argument("--sources", type=Path, help="folder of prepared sources; default: what it was trained on")
+    parser.add_argument("--layout", choices=infill.LAYOUTS, help="of holes; default: what was trained, else psm")
+    parser.add_argument("--generate", action="store_true", help="fill holes too, and count what ends and what is exact")
+    parser.add_argument("--run-code", action="store_true", help="run what the model writes, against its tests")
+    parser.add_argument("--seconds", type=float, default=3.0, help="that a program may take")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 100], help="of pass@k, where samples suffice")
+    parser.add_argument("--samples_per_task", type=int, default=1, help="programs written for each problem")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; default 0.2, of holes 1")
+    parser.add_argument("--top_p", type=float, help="default 0.95, of holes 1, as ends are rare tokens")
+    parser.add_argument("--no_healing", action="store_true", help="keep the last token before a hole as it is")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--tokens_per_batch", type=int, help="at a time; default 4,096, on a GPU 32,768")
+    parser.add_argument("--out", type=Path, help="result file; default: eval-<step>.json in the phase's folder")
+    parser.add_argument("--fresh", action="store_true", help="do not take over what the result file has")
+    parser.add_argument("--samples", type=Path, help="write every example with its scores to this .jsonl")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two result files, paired by item")
+    parser.add_argument("--plot", type=Path, help="picture of the results, needs matplotlib")
+    args = parser.parse_args(argv)
+    if or_else(args.limit, 1) < 1 or or_else(args.temperature, 1) < 0 or not 0 < or_else(args.top_p, 1) <= 1:
+        parser.error("--limit is above 0, --temperature is not below 0, --top_p is in (0, 1]")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees none")
+    if args.run_code and sys.platform != "linux":
+        parser.error("--run-code needs Linux")
+    if not args.checkpoint and not args.compare:
+        parser.error("which checkpoint? python eval.py out/phase1")
+    args.tokens_per_batch = args.tokens_per_batch or (32_768 if args.device == "cuda" else 4096)
+    return args
+
+
+def load_results(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise EvalError(f"{path}: {error}") from None
+
+
+def gather_tasks(args, model, state, vocabulary):
+    """The tasks that args.tasks names: held-out parts of the sources it was trained on, and those in --data."""
+    names = (args.tasks or ("held_out,quick" if args.data else "held_out")).split(",")
+    folder, own = Path(args.sources or state["config"]["data"]), {}
+    for source in state["config"]["mix"]:
+        if (folder / source).is_dir():
+            tasks = held_out(folder / source, model.config.block_size, vocabulary, args.limit or 256, args.seed)
+            own |= {task.name: task for task in tasks}
+    if "held_out" in names and not own:
+        raise EvalError(
+            f"{folder}/ has none of {', '.join(state['config']['mix'])}; say --sources, or name other --tasks"
+        )
+    mine = [task for name, task in own.items() if name in names or "held_out" in names]
+    if rest := [name for name in names if name not in own and name != "held_out"]:
+        if not args.data:
+            raise EvalError(f"{', '.join(rest)}: say --data, a folder of task files, or one of {', '.join(own)}")
+        mine += read_tasks(args.data, rest, args.limit)
+    return mine
+
+
+def run(args):
+    """Evaluate one checkpoint; its results, {"meta", "tasks", "groups"}, written after every task."""
+    model, encoding, state = load_model(args.checkpoint[0], args.device, getattr(torch, args.dtype))
+    if encoding is None:
+        raise EvalError(f"{args.checkpoint[0]} was trained on data that names no tokenizer, so texts have no ids")
+    args.checkpoint = args.checkpoint[0]
+    layout = args.layout or trained_layout(state["config"]) or "psm"
+    vocabulary = vocabulary_for(layout, encoding)
+    tasks = gather_tasks(args, model, state, vocabulary)
+    meta = meta_of(args, state, model, encoding, layout)
+    to = args.out or Path(meta["checkpoint"]).parents[1] / f"eval-{state['step']:08d}.json"
+    results = {"meta": meta, "tasks": {}, "groups": {}}
+    if args.samples:
+        args.samples.write_text("")
+    if to.exists() and not args.fresh:
+        before = load_results(to)
+        if before["meta"]["key"] != meta["key"]:
+            raise EvalError(f"{to} has results of other weights or settings; use --out, or --fresh to replace them")
+        results["tasks"] = before["tasks"]
+    about = f"{meta['tokens']:,} tokens seen; {encoding.name}, {layout}, {args.dtype}, {args.device}"
+    print(f"{meta['checkpoint']}: {about}")
+    if args.run_code and not sandbox.isolated():
+        print("this kernel grants no namespaces: programs have limits but could write files and use the network")
+    print(f"{'task':<20} {'n':>6} {'acc':>6} {'':>7} {'acc_norm':>8} {'':>5} chance constant entropy  bits/byte")
+    colour = sys.stdout.isatty()
+    for task in tasks:
+        known = results["tasks"].get(task.name)
+        if not (known and known["sha256"] == task.sha256 and (set(known["scores"]) >= wanted(task, args))):
+            start = time.perf_counter()
+            results["tasks"][task.name] = evaluate(task, model, encoding, layout, vocabulary, args)
+            results["tasks"][task.name]["seconds"] = round(time.perf_counter() - start, 2)
+            results["groups"] = groups(results["tasks"])
+            checkpoint.write_json(to, results)
+        if args.samples:
+            write_samples(args.samples, task, results["tasks"][task.name]["items"])
+        print_task(task.name, results["tasks"][task.name], colour)
+    for name, group in results["groups"].items():
+        acc = f"acc over chance {group['acc']:6.3f}" if "acc" in group else " " * 22
+        print(f"{name:<20} {acc}   bits/byte {group['bpb']:.3f}   of {', '.join(group['tasks'])}")
+    print(f"~ less than two standard errors above chance or the commonest answer; results in {to}")
+    return results
+
+
+def write_samples(path, task, items):
+    """Append every example of a task with what came of it, a line each."""
+    with open(path, "a", encoding="utf-8") as f:
+        for n, example in enumerate(task.examples):
+            f.write(json.dumps({"task": task.name, **example, **{name: items[name][n] for name in items}}) + "\n")
+
+
+def wanted(task, args):
+    """Scores that a task is to have."""
+    runs = args.run_code and task.kind in ("code", "infill") and "tests" in task.examples[0]
+    fills = task.kind == "infill" and (args.generate or args.run_code)
+    return {"bpb", *(["pass@1"] if runs else []), *(["exact"] if fills else [])}
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="out/<phase>, or one of its checkpoints/step-... folders")
-    parser.add_argument("--source", default="code")
-    parser.add_argument("--data", help="a folder a source; default: what it was trained on")
-    parser.add_argument("--holes", type=int, default=200, help="of each kind, at most one a held-out window")
-    parser.add_argument("--layout", choices=infill.LAYOUTS, help="default: what was trained, else psm")
-    parser.add_argument("--no_healing", action="store_true", help="keep the prefix's last token as it is")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the answers; 0 takes the likeliest token")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if args.holes < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--holes is above 0, --temperature is not below 0, --top_p is in (0, 1]")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees none")
+    args = parse(argv)
     try:
-        model, encoding, state = load_model(args.checkpoint, args.device)
-        if encoding is None:
-            raise tokenizer.TokenizerError(
-                "this checkpoint's data named no tokenizer: there are no sentinels for holes"
-            )
-        layout = args.layout or trained_layout(state["config"], args.source) or "psm"
-        vocabulary = vocabulary_for(layout, encoding)
-        folder = Path(args.data or state["config"]["data"]) / args.source
-        texts = [*documents(folder, model.config.block_size, vocabulary, args.holes)]
-    except (CheckpointError, MixError, tokenizer.TokenizerError, infill.InfillError, OSError) as error:
+        if args.compare:
+            compare(*map(load_results, args.compare))
+            return 0
+        if all(name.endswith(".json") for name in args.checkpoint):
+            results = [load_results(Path(name)) for name in args.checkpoint]
+        else:
+            results = [run(args)]
+        if args.plot:
+            plot(results, args.plot)
+    except ImportError:
+        print("eval.py: --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    except (EvalError, CheckpointError, MixError, tokenizer.TokenizerError, infill.InfillError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
-    print(f"{args.checkpoint}, held-out {args.source}, {layout}, temperature {args.temperature:g}")
-    print(f"{'hole':<8} {'n':>5} {'stops':>7} {'exact':>7}   bits/byte of the middle   without suffix")
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    how = {"temperature": args.temperature, "top_p": args.top_p, "generator": generator, "heal": not args.no_healing}
-    for kind in (span, line):
-        rng = np.random.default_rng(args.seed)
-        holes = [hole for text in texts if (hole := kind(text, rng))]
-        if holes:
-            stops, exact, middle, prefix_only = measure(model, vocabulary, holes, layout, **how)
-            print(
-                f"{kind.__name__:<8} {len(holes):>5} {stops:>7.1%} {exact:>7.1%} {middle:>25.4f} {prefix_only:>16.4f}"
-            )
     return 0
 
 

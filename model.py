@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import add_norm, attention, linear_ce, rope_qkv_, rope_tables, swiglu
+from kernels import DenseMask, add_norm, attention, linear_ce, rope_qkv_, rope_tables, swiglu
 
 # Parameters with the 32,064 ids of the shipped tokenizer, except nano (8,192 ids) and 7B (Crystal's own 32,032).
 PRESETS = {
@@ -179,13 +179,14 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None, mask=None, pos=None):
         """tokens (B, T) int64 -> final normalised states (B, T, C) in `dtype`.
 
-        mask: of kernels.batch_mask, None: causal. pos: (B, T) int64 positions below T, None: 0 .. T - 1.
+        mask: of kernels.batch_mask, None: causal. pos: (B, T) int64 positions below block_size, None: those after the
+        cache's.
         """
         start = cache.used if cache else 0
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} positions asked of a model with block_size {self.config.block_size}")
-        cos, sin = self.cos[start:end], self.sin[start:end]
+        cos, sin = (self.cos[start:end], self.sin[start:end]) if pos is None else (self.cos, self.sin)
         branch, residual = (self.wte(tokens) * self.embedding_scale).to(self.dtype), None
         for block in self.blocks:
             branch, residual = block(branch, residual, cos, sin, cache, mask, pos)
@@ -214,29 +215,45 @@ class GPT(nn.Module):
         return loss, token_loss.view_as(targets), lse_sq_sum
 
     @torch.inference_mode()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, stop=None, generator=None, allow=None):
-        """Continue tokens (1, T) int64; yields one id (int) at a time, until `stop` (not yielded) or max_new_tokens.
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=None, generator=None, allow=None):
+        """Continue prompts, lists of ids, side by side; yields at every step a list of one id a prompt, None for those
+        that have come to `stop`, until all have or max_new_tokens.
 
-        temperature 0 takes the likeliest word. top_p keeps the smallest set of words that holds that much probability
-        (nucleus sampling, arXiv 1904.09751). allow: function of the ids so far to what may come next, bool
-        (vocab_real,), or None for anything. A context that outgrows block_size is re-read from its later half.
+        temperature 0 takes the likeliest token. top_p keeps the smallest set of tokens that holds that much probability
+        (nucleus sampling, arXiv 1904.09751). allow: function of the ids made so far to what may come next, bool
+        (vocab_real,), or None for anything; of the first prompt alone. Contexts that outgrow block_size are re-read
+        from their later half.
         """
-        block_size, made = self.config.block_size, []
-        cache, fresh = KVCache(block_size), tokens[:, -block_size:]
-        tokens = fresh
+        texts, made, over, cache = [[*prompt] for prompt in prompts], [], [False] * len(prompts), None
+        length, device = self.config.block_size, self.wte.weight.device
         for _ in range(max_new_tokens):
-            if cache.used + fresh.shape[1] > block_size:
-                cache, fresh = KVCache(block_size), tokens[:, -block_size // 2 :]
-                tokens = fresh
-            logits = self.logits(self.hidden(fresh, cache)[:, -1])
+            if cache is None or cache.used == length:
+                keep = length if cache is None else length // 2
+                cache, read = KVCache(length), [text[-keep:] for text in texts]
+                longest = max(map(len, read))
+                padding = torch.tensor([longest - len(ids) for ids in read], device=device)[:, None]
+                fresh = torch.tensor([[0] * (longest - len(ids)) + ids for ids in read], device=device)
+                even = not padding.any()
+            where = {} if even else self.after_padding(padding, cache.used, cache.used + fresh.shape[1])
+            logits = self.logits(self.hidden(fresh, cache, **where)[:, -1])
             if allow and (allowed := allow(made)) is not None:
-                logits[:, ~allowed.to(logits.device)] = float("-inf")
+                logits[:, ~allowed.to(device)] = float("-inf")
             fresh = sample(logits, temperature, top_p, generator)
-            if (word := fresh.item()) == stop:
+            ids = fresh[:, 0].tolist()
+            over = [done or token == stop for done, token in zip(over, ids, strict=True)]
+            if all(over):
                 return
-            tokens = torch.cat((tokens, fresh), dim=1)
-            made.append(word)
-            yield word
+            for text, token in zip(texts, ids, strict=True):
+                text.append(token)
+            made.append(ids[0])
+            yield [None if done else token for done, token in zip(over, ids, strict=True)]
+
+    def after_padding(self, padding, begin, end):
+        """Mask and positions of columns begin .. end - 1 of rows whose first `padding` (B, 1) columns hold nothing."""
+        q, k = torch.arange(begin, end, device=padding.device)[:, None], torch.arange(end, device=padding.device)
+        seen = (k <= q) & ((k >= padding[:, None]) | (k == q))  # what holds nothing sees itself, or would be NaN
+        bias = torch.zeros(seen.shape, dtype=self.dtype, device=padding.device).masked_fill_(~seen, float("-inf"))
+        return {"mask": DenseMask(bias[:, None], True), "pos": (q.T - padding).clamp(min=0)}
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

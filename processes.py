@@ -140,6 +140,12 @@ def meet(store, many, patience=10):
             here = store.add("here", 0)
 
 
+def all_reduce(sums):
+    """Add a tensor up over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+
+
 def gather(value, group=None):
     """[value of every process], by rank, on all of them; any value that pickles, such as an exception."""
     if not dist.is_initialized():

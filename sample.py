@@ -36,10 +36,9 @@ def complete(model, encoding, prompt, **how):
     """
     stop = tokenizer.eot(encoding)
     ids = [stop, *encoding.encode_ordinary(prompt)]
-    tokens = torch.tensor([ids], device=model.wte.weight.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for word in model.generate(tokens, stop=stop, **how):
-        yield decoder.decode(encoding.decode_single_token_bytes(word))
+    for (token,) in model.generate([ids], stop=stop, **how):
+        yield decoder.decode(encoding.decode_single_token_bytes(token))
     yield decoder.decode(b"", final=True)
 
 
@@ -57,9 +56,9 @@ def fill(model, vocabulary, before, after, layout, max_new_tokens, heal=True, **
     rest = vocabulary.token_bytes[head[-1]] if heal and len(head) else b""
     ids = infill.prompt(head[: len(head) - bool(rest)], tail, layout, vocabulary)
     stop = vocabulary.eom if layout == "codegen2" else vocabulary.eot
-    tokens = torch.from_numpy(ids.astype(np.int64))[None].to(model.wte.weight.device)
     most = min(max_new_tokens, model.config.block_size - len(ids))
-    made = [*model.generate(tokens, most, stop=stop, allow=spelling(rest, vocabulary.token_bytes), **how)]
+    steps = model.generate([ids.tolist()], most, stop=stop, allow=spelling(rest, vocabulary.token_bytes), **how)
+    made = [token for (token,) in steps]
     return b"".join(vocabulary.token_bytes[token] for token in made)[len(rest) :], len(made) < most
 
 

@@ -598,7 +598,8 @@ def test_bits_of_middles_are_those_of_holes_in_held_out_documents(phases, tmp_pa
             spelt_out = b"".join(v.token_bytes[i] for i in [*prefix, *middle, *suffix])
             assert spelt_out in held_out
             for k, prompt in enumerate((row[: at[0] + 1], without[: its_at[0] + 1])):
-                bits[k] += evaluation.nats(model, prompt, middle) / math.log(2)
+                (nats,), _ = evaluation.log_likelihoods(model, [(prompt.tolist(), [middle.tolist()])])
+                bits[k] -= nats / math.log(2)
         assert n_bytes == sum(len(v.token_bytes[i]) for i in goals[goals >= 0])
         got = [logged[f"{name} middle{kind}"]["bpb"] for kind in ("", ", prefix only")]
         assert got == pytest.approx([*(bits / n_bytes)], rel=1e-5)
@@ -788,14 +789,13 @@ def test_sample_and_eval_fill_holes_from_the_command_line(phases, tmp_path):
     (tmp_path / "before.txt").write_bytes("café\r\n".encode())
     done = run("sample.py", tmp_path / "out/a", "--infill", f"@{tmp_path / 'before.txt'}", "END", "--tokens=5")
     assert done.returncode == 0 and "END" in done.stdout
-    done = run("eval.py", tmp_path / "out/a", "--holes=3", "--source=text")
-    assert done.returncode == 0 and "codegen2" in done.stdout and re.search(r"^span +\d+ +[\d.]+%", done.stdout, re.M)
+    done = run("eval.py", tmp_path / "out/a", "--generate", "--limit=3", "--layout=codegen2")
+    assert done.returncode == 0 and re.search(r"^text_spans +\d+ .*stops [\d.]+ ", done.stdout, re.M)
     assert train.main(phases("b", out="causal", share=0.1)) == 0
     for wrong, word in (
         (("sample.py", tmp_path / "causal/b", "--infill", "a", "b"), "was not trained to infill"),
         (("eval.py", tmp_path / "nothing"), "nothing"),
-        (("eval.py", tmp_path / "out/a", "--source=poetry"), "poetry"),
-        (("eval.py", tmp_path / "out/a", "--holes=0"), "--holes is above 0"),
+        (("eval.py", tmp_path / "out/a", f"--sources={tmp_path / 'poetry'}"), "poetry"),
     ):
         done = run(*wrong)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr

@@ -358,24 +358,46 @@ def test_padding_of_the_vocabulary_is_never_predicted():
     assert not model.wte.weight.grad[50:].any()
 
 
-def test_generation_with_a_cache_takes_the_same_words_as_without():
+def generated(model, prompts, *args, **how):
+    """What a model made of each prompt, up to its stop."""
+    steps = list(model.generate(prompts, *args, **how))
+    return [[ids[i] for ids in steps if ids[i] is not None] for i in range(len(prompts))]
+
+
+def test_generation_with_a_cache_takes_the_same_tokens_as_without():
     model = tiny(block_size=32)
     prompt = torch.randint(0, 64, (1, 5))
-    with_cache = list(model.generate(prompt, 20, temperature=0))
+    (with_cache,) = generated(model, prompt.tolist(), 20, temperature=0)
     tokens = prompt
     for _ in range(20):
         tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)), 1)
     assert with_cache == tokens[0, 5:].tolist()
-    assert len(list(model.generate(prompt, 100, temperature=0))) == 100  # longer than the context
+    assert len(generated(model, prompt.tolist(), 100, temperature=0)[0]) == 100  # longer than the context
     stop = with_cache[3]
-    assert list(model.generate(prompt, 20, temperature=0, stop=stop)) == with_cache[: with_cache.index(stop)]
-    likeliest = list(model.generate(prompt, 20, top_p=1e-6, generator=torch.Generator().manual_seed(1)))
-    assert likeliest == with_cache
+    assert generated(model, prompt.tolist(), 20, temperature=0, stop=stop) == [with_cache[: with_cache.index(stop)]]
+    generator = torch.Generator().manual_seed(1)
+    assert generated(model, prompt.tolist(), 20, top_p=1e-6, generator=generator) == [with_cache]
+
+
+def test_prompts_side_by_side_are_continued_as_each_alone():
+    model = tiny(block_size=32).double()
+    model.dtype = torch.float64
+    prompts = [torch.randint(0, 64, (n,)).tolist() for n in (1, 5, 12, 30, 32, 40)]
+    alone = [generated(model, [prompt], 50, temperature=0)[0] for prompt in prompts[:3]]
+    assert generated(model, prompts[:3], 20, temperature=0) == [tokens[:20] for tokens in alone]
+    alone = [generated(model, [prompt], 1, temperature=0)[0] for prompt in prompts]
+    assert generated(model, prompts, 1, temperature=0) == alone
+    stop = generated(model, prompts[:3], 20, temperature=0)[1][2]
+    stopped = [
+        tokens[: tokens.index(stop)] if stop in tokens else tokens
+        for tokens in generated(model, prompts[:3], 20, temperature=0)
+    ]
+    assert generated(model, prompts[:3], 20, temperature=0, stop=stop) == stopped
 
 
 def test_a_context_that_overflows_is_read_again_from_its_later_half():
     model, prompt = tiny(block_size=8), torch.randint(0, 64, (1, 8))
-    words = list(model.generate(prompt, 4, temperature=0))
+    (words,) = generated(model, prompt.tolist(), 4, temperature=0)
     assert words[1] == model(torch.cat((prompt[:, 5:], torch.tensor([words[:1]])), 1))[:, -1].argmax().item()
 
 

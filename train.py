@@ -17,6 +17,7 @@ beats the file's, before the file computes with it: --lr_peak scales the rates o
 Names that begin with _ are the file's own.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -34,24 +35,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tiktoken import Encoding
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
+import eval as evaluation
 import infill
 import processes
 import tokenizer
 from checkpoint import CheckpointError
 from configurator import ConfigError, coerce, read_command_line
+from eval import EvalError
 from infill import InfillError, Vocabulary
 from kernels import backend, batch_mask
 from machine import describe, find_device, keep_memory, synchronize
 from mix import Mix, MixError, Source, check_identity, epoch_keys
 from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
-from processes import PeerError, Stop, Stopped, from_first, gather, rank, together, world
+from processes import PeerError, Stop, Stopped, all_reduce, from_first, gather, rank, together, world
 from tokenizer import TokenizerError
 
 # ------------------------------------------------------------------------------------------------------------- knobs
@@ -109,6 +113,8 @@ class Config:
     # watching
     eval_every: int = 0  # steps; 0: before and after the phase
     eval_tokens: int = 65_536  # of each source's held-out part, always the same ones
+    eval_tasks: str = ""  # folder of task files: the quick ones of eval.py are scored at every evaluation
+    eval_examples: int = 200  # of each task, its first ones
     save_every: int = 500  # steps
     keep: int = 2  # checkpoints in a phase's folder
     log_every: int = 10  # steps
@@ -135,8 +141,8 @@ class Config:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"{name} = {value!r} is none of {', '.join(known)}")
-        above_zero = ("budget", "share", "batch", "lr_peak", "save_every", "log_every", "eval_tokens", "keep",
-                      "timeout")  # fmt: skip
+        above_zero = ("budget", "share", "batch", "lr_peak", "save_every", "log_every", "eval_tokens", "eval_examples",
+                      "keep", "timeout")  # fmt: skip
         for name, value in vars(self).items():
             if type(value) in (int, float) and (value < 0 or (value == 0 and name in above_zero)):
                 raise ConfigError(f"{name} = {value} is not above 0")
@@ -167,8 +173,8 @@ class Config:
 
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
 RUN_KNOBS = [
-    *MODEL_KNOBS, "out", "data", "seed", "budget", "eval_tokens", "wandb", "device", "dtype", "compile", "kernels",
-    "recompute", "reshard_after_forward", "timeout",
+    *MODEL_KNOBS, "out", "data", "seed", "budget", "eval_tokens", "eval_tasks", "eval_examples", "wandb", "device",
+    "dtype", "compile", "kernels", "recompute", "reshard_after_forward", "timeout",
 ]  # fmt: skip
 
 
@@ -521,6 +527,7 @@ def parallelize(model, cfg):
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    register_fsdp_forward_method(model, "hidden")  # which eval.py calls
 
 
 def recomputed(forward):
@@ -573,11 +580,6 @@ def accumulator(values, device):
     return torch.tensor(values, dtype=torch.float32 if device == "mps" else torch.float64, device=device)
 
 
-def all_reduce(sums):
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-
-
 # ------------------------------------------------------------------------------------------------------------ running
 
 
@@ -628,6 +630,17 @@ class Log:
             self.wandb.finish()
 
 
+@contextlib.contextmanager
+def resharded(model):
+    """Forward passes inside are followed by no backward pass, for which FSDP would keep the gathered weights."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 @torch.no_grad()
 def evaluate(model, sets, phase, device, stop):
     """Of each set that `held_out` made: mean loss in nats a target, and bits per byte. None if `stop` came up.
@@ -636,7 +649,7 @@ def evaluate(model, sets, phase, device, stop):
     processes share the windows.
     """
     losses, micro = accumulator([0.0] * len(sets), device), phase.micro
-    try:
+    with resharded(model):
         for i, (rows, targets, _) in enumerate(sets.values()):
             for lo in range(rank() * micro, rank() * micro + len(rows), micro * world()):  # equally often everywhere
                 if stop.agreed():
@@ -646,10 +659,6 @@ def evaluate(model, sets, phase, device, stop):
                 some[:n], goals[:n] = rows[lo : lo + micro], targets[lo : lo + micro]
                 tokens, goals, _, how = to_device(model_inputs(some, goals, None, phase), device, model.dtype)
                 losses[i] += model(tokens, goals, **how)[1].to(losses.dtype).sum()
-    finally:
-        for module in model.modules():  # FSDP would keep the gathered weights for a backward pass
-            if isinstance(module, FSDPModule):
-                module.reshard()
     all_reduce(losses)
     result = {}
     for (name, (_, targets, n_bytes)), loss in zip(sets.items(), losses.tolist(), strict=True):
@@ -657,6 +666,26 @@ def evaluate(model, sets, phase, device, stop):
         bpb = loss / math.log(2) / n_bytes if n_bytes else None
         result[name] = {"loss": loss / n_targets, "bpb": bpb, "tokens": n_targets}
     return result
+
+
+def score_tasks(model, tasks, encoding, phase, stop):
+    """{task: {"n", "chance" of choices, "acc", "acc_se", "bpb", "bpb_se"}} as eval.py has them. None if `stop` came up.
+    The processes share the examples."""
+    made = {}
+    with resharded(model):
+        for task in tasks:
+            if stop.agreed():
+                return None
+            items = evaluation.score(task, model, encoding, None, None, phase.micro * phase.cfg.block_size)
+            summary = evaluation.summary(task, items)
+            made[task.name] = {name: summary[name] for name in ("n", "chance") if name in summary}
+            for name in ("acc", "bpb"):
+                if name in summary["scores"]:
+                    made[task.name] |= {
+                        name: summary["scores"][name]["mean"],
+                        f"{name}_se": summary["scores"][name]["se"],
+                    }
+    return made
 
 
 def add_losses(sums, token_loss, targets, source):
@@ -803,11 +832,16 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     return lr, norm
 
 
-def log_evaluation(log, phase, step, values):
-    log.write(step, {"val": values})
+def log_evaluation(log, phase, step, values, scores):
+    log.write(step, {"val": values} | ({"tasks": scores} if scores else {}))
     bits = {name: f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "" for name, v in values.items()}
     each = "   ".join(f"{name} {v['loss']:.4f}{bits[name]}" for name, v in values.items())
     tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  held out: {each}")
+    if scores:
+        each = "  ".join(
+            f"{name} {100 * v['acc']:.1f}" if "chance" in v else f"{name} {v['bpb']:.3f}" for name, v in scores.items()
+        )
+        tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  tasks, accuracy in % or bits/byte: {each}")
 
 
 def log_training(log, phase, step, sums, skips, lr, norm, speed, mfu):
@@ -865,7 +899,9 @@ class Run:
     device: str
     peak: float  # FLOP/s of all processes
     sets: dict  # of `held_out`
-    tokenizer: dict | None
+    tasks: list  # of eval.Task
+    encoding: Encoding | None
+    tokenizer: dict | None  # its entry in meta.json
     stop: Stop
     saver: checkpoint.Saver
 
@@ -906,9 +942,11 @@ def train_phase(run, phase, state, parent):
     since, done = (time.perf_counter(), step), False  # where the log line under way began
     while (why := run.stop.agreed(saver.failed())) != "failed":
         if not why and evaluated != step and (step in (0, phase.steps) or due(cfg.eval_every)):
-            if (values := evaluate(model, run.sets, phase, run.device, run.stop)) is None:
-                continue  # and hear why
-            log_evaluation(log, phase, step, values)
+            values = evaluate(model, run.sets, phase, run.device, run.stop)
+            scores = values and score_tasks(model, run.tasks, run.encoding, phase, run.stop)
+            if scores is None:
+                continue  # and hear why it was stopped
+            log_evaluation(log, phase, step, values, scores)
             evaluated, since = step, (time.perf_counter(), step)
         done = step == phase.steps == evaluated
         if why and not done:
@@ -1027,12 +1065,15 @@ def train(named, fresh, stop):
         if start.folder:
             check_start(start, model, meta, sources, phases[0])
         sets = held_out(named, sources, encoding, vocabulary)
+        tasks = evaluation.read_tasks(Path(cfg.eval_tasks), ["quick"], cfg.eval_examples) if cfg.eval_tasks else []
+        if tasks and encoding is None:
+            raise ConfigError("eval_tasks needs a tokenizer, but the data names none")
         weights = checkpoint.weights_sha256(start.folder) if start.folder else None
     check_same({
         **{name: dataclasses.asdict(c) for name, c in named}, "torch": torch.__version__, "arithmetic": str(dtype),
         "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": weights,
         "held out": {name: hashlib.sha256(rows).hexdigest() + hashlib.sha256(targets).hexdigest()
-                     for name, (rows, targets, _) in sets.items()},
+                     for name, (rows, targets, _) in sets.items()}, "tasks": {t.name: t.sha256 for t in tasks},
     })  # fmt: skip
     phases = phases[start.done :]
     if not phases:
@@ -1064,7 +1105,7 @@ def train(named, fresh, stop):
     print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
 
     parent = start.resumed["parent"] if start.resumed else weights
-    run = Run(model, optimizer, device, peak, sets, meta, stop, checkpoint.Saver())
+    run = Run(model, optimizer, device, peak, sets, tasks, encoding, meta, stop, checkpoint.Saver())
     for phase in phases:
         if phase is not first:
             set_optimizer(optimizer, model, phase.cfg)
@@ -1161,7 +1202,16 @@ def run_command(named, flags, refused, stop):
             train(named, "fresh" in flags and not again, stop)
     except Stopped as signal_name:
         print(f"{signal_name}: stopped before this start made a step; the same command continues")
-    except (ConfigError, MixError, InfillError, CheckpointError, TokenizerError, OSError, LossError) as error:
+    except (
+        ConfigError,
+        MixError,
+        InfillError,
+        EvalError,
+        CheckpointError,
+        TokenizerError,
+        OSError,
+        LossError,
+    ) as error:
         if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
             print(f"train.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, LossError) else 2
