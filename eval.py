@@ -32,6 +32,7 @@ import itertools
 import json
 import lzma
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -47,7 +48,7 @@ from checkpoint import CheckpointError
 from kernels.attention import DenseMask
 from mix import MixError, Source
 from processes import all_reduce, rank, world
-from sample import fill, load_model, trained_layout, vocabulary_for
+from sample import fill, load_model, trained_layout, trim, vocabulary_for
 
 QUICK = (
     "blimp", "lambada", "hellaswag", "piqa", "arc_easy", "sciq", "basic_skills", "py_minpairs", "py_ident",
@@ -62,10 +63,11 @@ FIELDS = {
     "text": ("text",),
 }
 SCORES = ("acc", "acc_norm", "p", "suffix_gain", "stops", "exact")
-CODE_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")  # where a completed function is over
+FUNCTION_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")  # where a begun function is over
+PROGRAM_ENDS = ("\nassert", '\n"""', "\nif", "\nprint", "\n```")  # where one is that a text asked for
 
 
-class EvalError(Exception):
+class EvalError(ValueError):
     """The user's mistake, in one line."""
 
 
@@ -135,8 +137,9 @@ def requests(example, kind, encode, eot, layout, vocabulary, block_size):
             made.append((ids[first : begin + 1], [ids[begin + 1 : end + 1]]))
         return made
     if kind == "infill":
-        head, tail = (np.array(encode(example[part]), np.uint16) for part in ("prompt", "suffix"))
         answer = encode(example["answer"])
+        head, tail = (np.array(encode(example[part]), np.uint16) for part in ("prompt", "suffix"))
+        head, tail = trim(head, tail, block_size - len(answer) - 5)
         return [(infill.prompt(head, tail, layout, vocabulary).tolist(), [answer]), ([eot, *head.tolist()], [answer])]
     pairs = {
         "choice": lambda e: [(e["context"], e["sep"] + choice) for choice in e["choices"]],
@@ -154,6 +157,11 @@ def requests(example, kind, encode, eot, layout, vocabulary, block_size):
     return made
 
 
+def size_of(context, continuations):
+    """Tokens that a request is read as: the last of a continuation is only predicted."""
+    return len(context) + sum(max(0, len(ids) - 1) for ids in continuations)
+
+
 def pack(requests, length):
     """Requests -> rows of at most `length` tokens, as many in each as fit; each row is [(context, [(number of the
     continuation, its ids), ...]), ...].
@@ -165,13 +173,13 @@ def pack(requests, length):
     for context, continuations in requests:
         numbered = [*enumerate(continuations, number)]
         number += len(numbered)
-        if len(context) + sum(len(ids) - 1 for ids in continuations) <= length:
+        if size_of(context, continuations) <= length:
             pieces.append((context, numbered))
         else:
             for n, ids in numbered:
                 whole, ids = [*context, *ids][-length - 1 :], ids[-length:]
                 pieces.append((whole[: -len(ids)], [(n, ids)]))
-    sizes = [len(context) + sum(len(ids) - 1 for _, ids in numbered) for context, numbered in pieces]
+    sizes = [size_of(context, [ids for _, ids in numbered]) for context, numbered in pieces]
     rows, room = [], []  # room: sorted (tokens left, row)
     for i in sorted(range(len(pieces)), key=lambda i: -sizes[i]):
         at = bisect.bisect_left(room, (sizes[i], -1))
@@ -195,9 +203,9 @@ def lay_out(rows, length):
             last, end = at + len(context) - 1, at + len(context)
             tokens[r, at:end], pos[r, at:end] = context, range(len(context))
             for k, (number, ids) in enumerate(numbered, 1):
-                columns = [last, *range(end, end + len(ids) - 1)]
+                columns = [last, *range(end, end + len(ids) - 1)][: len(ids)]  # of nothing, none
                 asked += [(r, column, token, number) for column, token in zip(columns, ids, strict=True)]
-                stop = end + len(ids) - 1
+                stop = end + max(0, len(ids) - 1)
                 tokens[r, end:stop], branch[r, end:stop] = ids[:-1], k
                 pos[r, end:stop] = range(len(context), len(context) + len(ids) - 1)
                 end = stop
@@ -216,7 +224,8 @@ def log_likelihoods(model, requests, tokens_per_batch=16_384):
     """
     device, length = model.wte.weight.device, model.config.block_size
     rows, total = pack(requests, length), sum(len(continuations) for _, continuations in requests)
-    sums, misses = torch.zeros(2, total, dtype=torch.float64, device=device)
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    sums, misses = torch.zeros(2, total, dtype=exact, device=device)
     many = max(1, tokens_per_batch // length)
     for at in range(rank() * many, rank() * many + len(rows), many * world()):  # equally often everywhere
         some = rows[at : at + many]
@@ -232,8 +241,8 @@ def log_likelihoods(model, requests, tokens_per_batch=16_384):
         for x, goal, n in zip(*(part.split(4096) for part in (states, target, number)), strict=True):
             logits = model.logits(x)
             picked = logits.gather(1, goal[:, None])[:, 0]
-            sums.index_add_(0, n, (picked - logits.logsumexp(1)).double())
-            misses.index_add_(0, n, (logits.argmax(1) != goal).double())
+            sums.index_add_(0, n, (picked - logits.logsumexp(1)).to(exact))
+            misses.index_add_(0, n, (logits.argmax(1) != goal).to(exact))
     all_reduce(sums)
     all_reduce(misses)
     return sums.cpu().numpy(), (misses == 0).cpu().numpy()
@@ -337,12 +346,14 @@ def write_programs(task, model, encoding, args):
     """args.samples_per_task continuations of every prompt of a code task -> [[program, ...], ...] with tests appended.
 
     A prompt loses the white space at its end, as the tokenizer joins line ends with what follows them; the model writes
-    it. A continuation is over where a line begins that no function body has (CODE_ENDS).
+    it. A continuation is over at a line that the function which the prompt has begun cannot have (FUNCTION_ENDS), or if
+    it has begun none, at one that tries it out (PROGRAM_ENDS).
     """
     n, eot = args.samples_per_task, tokenizer.eot(encoding)
     prompts = [e["prompt"].rstrip() for e in task.examples for _ in range(n)]
     ids = [[eot, *encoding.encode_ordinary(prompt)] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    ends = [FUNCTION_ENDS if re.search(r"^\s*(async )?def ", prompt, re.M) else PROGRAM_ENDS for prompt in prompts]
     bodies = [""] * len(ids)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     for at in range(0, len(order), 64):
@@ -356,12 +367,12 @@ def write_programs(task, model, encoding, args):
                     over[k] = True
                 elif not over[k]:
                     texts[k] += encoding.decode_single_token_bytes(token)
-                    over[k] = any(end.encode() in texts[k][-200:] for end in CODE_ENDS)
+                    over[k] = any(end.encode() in texts[k][-200:] for end in ends[some[k]])
             if all(over):
                 break
         for i, text in zip(some, texts, strict=True):
             body = text.decode(errors="replace")
-            bodies[i] = body[: min([body.find(end) for end in CODE_ENDS if end in body], default=len(body))]
+            bodies[i] = body[: min([body.find(end) for end in ends[i] if end in body], default=len(body))]
     tests = [e["tests"] for e in task.examples for _ in range(n)]
     programs = [f"{prompt}{body}\n{test}" for prompt, body, test in zip(prompts, bodies, tests, strict=True)]
     return [programs[i : i + n] for i in range(0, len(programs), n)]
@@ -399,15 +410,15 @@ def run_programs(programs, ks, seconds):
 # ------------------------------------------------------------------------------------------------------ held-out parts
 
 
-def held_out(folder, block_size, vocabulary, limit, seed):
-    """Tasks from the held-out part of a source: its windows as text, and two kinds of holes in their longest documents,
-    a span between any two characters and a line, in as much of a document as half a context holds."""
+def held_out(folder, block_size, vocabulary, limit, seed, fills):
+    """Tasks from the held-out part of a source: its windows as text, and if the model `fills` any two kinds of holes in
+    their longest documents, a span between any two characters and a line, in as much as half a context holds."""
     source, rng = Source(folder, "val", block_size), np.random.default_rng(seed)
     rows = source.rows(0, min(source.windows, limit))
     sha256 = hashlib.sha256(rows).hexdigest()
     windows = [{"ids": row.tolist(), "bytes": sum(len(vocabulary.token_bytes[i]) for i in row[1:])} for row in rows]
     made = [Task(folder.name, "text", "held out", windows, sha256)]
-    for place in (span, line):
+    for place in (span, line) if fills else ():
         holes = []
         for row in rows:
             begin, end = infill.longest_document(row, vocabulary)
@@ -416,6 +427,7 @@ def held_out(folder, block_size, vocabulary, limit, seed):
             if hole := place(text, rng):
                 holes.append(dict(zip(("prompt", "answer", "suffix"), hole, strict=True)))
         if holes:
+            sha256 = hashlib.sha256(json.dumps(holes).encode()).hexdigest()
             made.append(Task(f"{folder.name}_{place.__name__}s", "infill", "infilling", holes, sha256))
     return made
 
@@ -488,7 +500,7 @@ def print_task(name, task, colour):
 
 def compare(a, b):
     """Print how two result files differ, paired by item: mean and 95% interval of b - a."""
-    for name in a["tasks"].keys() & b["tasks"].keys():
+    for name in (name for name in a["tasks"] if name in b["tasks"]):
         one, two = a["tasks"][name], b["tasks"][name]
         if one["sha256"] != two["sha256"]:
             print(f"{name:<20} not the same examples")
@@ -542,11 +554,8 @@ def plot(results, to):
 def meta_of(args, state, model, encoding, layout):
     """Where results come from; `key` decides whether results that are there already are of the same thing."""
     folder = checkpoint.find(args.checkpoint)
-    key = {
-        "weights": checkpoint.weights_sha256(folder), "tokenizer": tokenizer.digest(encoding), "layout": layout,
-        "dtype": str(model.dtype), "run_code": args.run_code, "generation": [args.samples_per_task, args.max_new_tokens,
-        args.temperature, args.top_p, args.seed, not args.no_healing],
-    }  # fmt: skip
+    key = {"weights": checkpoint.weights_sha256(folder), "tokenizer": tokenizer.digest(encoding), "layout": layout,
+           "dtype": str(model.dtype)}  # fmt: skip
     return {
         "key": key, "checkpoint": str(folder), "phase": state["phase"], "step": state["step"],
         "tokens": state["tokens"], "parameters": model.num_params(), "config": state["config"],
@@ -554,18 +563,36 @@ def meta_of(args, state, model, encoding, layout):
     }  # fmt: skip
 
 
+def runs(task, args):
+    """Whether what the model writes for a task is to be run: Python with tests."""
+    python = all("tests" in e and e.get("lang", "python") == "python" for e in task.examples)
+    return args.run_code and task.kind in ("code", "infill") and python
+
+
+def generation(task, args):
+    """Settings that a task's answers depend on, None if none are asked for."""
+    if not (runs(task, args) or (task.kind == "infill" and args.generate)):
+        return None
+    run = {"seconds": args.seconds, "k": args.k, "samples": args.samples_per_task} if runs(task, args) else {}
+    names = ("max_new_tokens", "temperature", "top_p", "no_healing", "seed")
+    return run | {name: getattr(args, name) for name in names}
+
+
 def evaluate(task, model, encoding, layout, vocabulary, args):
     """-> summary of a task, with what came of every example."""
-    items = score(task, model, encoding, layout, vocabulary, args.tokens_per_batch)
-    programs = None
-    if task.kind == "infill" and (args.generate or args.run_code):
-        made, programs = fill_holes(task, model, vocabulary, layout, args)
-        items |= made
-    elif task.kind == "code" and args.run_code:
-        programs = write_programs(task, model, encoding, args)
-    if args.run_code and programs and "tests" in task.examples[0]:
-        items |= run_programs(programs, args.k, args.seconds)
-    return summary(task, items | ({"programs": programs} if programs else {}))
+    if task.kind == "infill" and not layout:
+        raise EvalError(f"{task.name}: {encoding.name} has no sentinels for holes; name other --tasks")
+    items, programs = score(task, model, encoding, layout, vocabulary, args.tokens_per_batch), None
+    if settings := generation(task, args):
+        if task.kind == "infill":
+            made, programs = fill_holes(task, model, vocabulary, layout, args)
+            items |= made
+        else:
+            programs = write_programs(task, model, encoding, args)
+        if runs(task, args):
+            items |= run_programs(programs, args.k, args.seconds)
+        items["programs"] = programs
+    return summary(task, items) | {"generation": settings}
 
 
 def parse(argv):
@@ -614,13 +641,15 @@ def load_results(path):
         raise EvalError(f"{path}: {error}") from None
 
 
-def gather_tasks(args, model, state, vocabulary):
+def gather_tasks(args, model, state, vocabulary, layout):
     """The tasks that args.tasks names: held-out parts of the sources it was trained on, and those in --data."""
     names = (args.tasks or ("held_out,quick" if args.data else "held_out")).split(",")
     folder, own = Path(args.sources or state["config"]["data"]), {}
     for source in state["config"]["mix"]:
-        if (folder / source).is_dir():
-            tasks = held_out(folder / source, model.config.block_size, vocabulary, args.limit or 256, args.seed)
+        asked = any(name == "held_out" or name.startswith(source) for name in names)
+        if asked and (folder / source).is_dir():
+            how = vocabulary, args.limit or 256, args.seed, layout
+            tasks = held_out(folder / source, model.config.block_size, *how)
             own |= {task.name: task for task in tasks}
     if "held_out" in names and not own:
         raise EvalError(
@@ -641,8 +670,11 @@ def run(args):
         raise EvalError(f"{args.checkpoint[0]} was trained on data that names no tokenizer, so texts have no ids")
     args.checkpoint = args.checkpoint[0]
     layout = args.layout or trained_layout(state["config"]) or "psm"
-    vocabulary = vocabulary_for(layout, encoding)
-    tasks = gather_tasks(args, model, state, vocabulary)
+    try:
+        vocabulary = vocabulary_for(layout, encoding)
+    except infill.InfillError:  # no holes then, but everything else
+        vocabulary, layout = infill.Vocabulary(encoding), None
+    tasks = gather_tasks(args, model, state, vocabulary, layout)
     meta = meta_of(args, state, model, encoding, layout)
     to = args.out or Path(meta["checkpoint"]).parents[1] / f"eval-{state['step']:08d}.json"
     results = {"meta": meta, "tasks": {}, "groups": {}}
@@ -661,15 +693,16 @@ def run(args):
     colour = sys.stdout.isatty()
     for task in tasks:
         known = results["tasks"].get(task.name)
-        if not (known and known["sha256"] == task.sha256 and (set(known["scores"]) >= wanted(task, args))):
+        settings = generation(task, args)
+        if not (known and known["sha256"] == task.sha256 and settings in (None, known["generation"])):
             start = time.perf_counter()
             results["tasks"][task.name] = evaluate(task, model, encoding, layout, vocabulary, args)
             results["tasks"][task.name]["seconds"] = round(time.perf_counter() - start, 2)
-            results["groups"] = groups(results["tasks"])
-            checkpoint.write_json(to, results)
+            checkpoint.write_json(to, results | {"groups": groups(results["tasks"])})
         if args.samples:
             write_samples(args.samples, task, results["tasks"][task.name]["items"])
         print_task(task.name, results["tasks"][task.name], colour)
+    results["groups"] = groups(results["tasks"])
     for name, group in results["groups"].items():
         acc = f"acc over chance {group['acc']:6.3f}" if "acc" in group else " " * 22
         print(f"{name:<20} {acc}   bits/byte {group['bpb']:.3f}   of {', '.join(group['tasks'])}")
@@ -682,13 +715,6 @@ def write_samples(path, task, items):
     with open(path, "a", encoding="utf-8") as f:
         for n, example in enumerate(task.examples):
             f.write(json.dumps({"task": task.name, **example, **{name: items[name][n] for name in items}}) + "\n")
-
-
-def wanted(task, args):
-    """Scores that a task is to have."""
-    runs = args.run_code and task.kind in ("code", "infill") and "tests" in task.examples[0]
-    fills = task.kind == "infill" and (args.generate or args.run_code)
-    return {"bpb", *(["pass@1"] if runs else []), *(["exact"] if fills else [])}
 
 
 def main(argv):

@@ -51,8 +51,7 @@ def fill(model, vocabulary, before, after, layout, max_new_tokens, heal=True, **
     """
     room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2) - 5  # sentinels of any layout
     head, tail = (np.array(vocabulary.encoding.encode_ordinary(text), np.uint16) for text in (before, after))
-    tail = tail[: max(room // 2, room - len(head))]
-    head = head[max(0, len(head) + len(tail) - room) :]
+    head, tail = trim(head, tail, room)
     rest = vocabulary.token_bytes[head[-1]] if heal and len(head) else b""
     ids = infill.prompt(head[: len(head) - bool(rest)], tail, layout, vocabulary)
     stop = vocabulary.eom if layout == "codegen2" else vocabulary.eot
@@ -60,6 +59,12 @@ def fill(model, vocabulary, before, after, layout, max_new_tokens, heal=True, **
     steps = model.generate([ids.tolist()], most, stop=stop, allow=spelling(rest, vocabulary.token_bytes), **how)
     made = [token for (token,) in steps]
     return b"".join(vocabulary.token_bytes[token] for token in made)[len(rest) :], len(made) < most
+
+
+def trim(head, tail, room):
+    """What two arrays of ids around a hole keep, if they have room for so many: the parts next to it."""
+    tail = tail[: max(0, room // 2, room - len(head))]
+    return head[max(0, len(head) + len(tail) - room) :], tail
 
 
 def spelling(rest, token_bytes):

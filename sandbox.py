@@ -12,11 +12,12 @@ costs tens. What confines a program, on Linux:
 | writing elsewhere              | a mount namespace: all is read-only but that folder, which is memory and goes    |
 | reading our environment        | the server is started without one, and /proc is empty                            |
 | the network                    | a network namespace without any device                                           |
-| getting rights back            | no capabilities, no new privileges; /dev and /run are empty                      |
+| getting rights back            | no capabilities, no new privileges; /dev, /run and /tmp are empty                |
 
-It can read what its user can read. Where the kernel allows no user namespaces (`isolated()` says), rlimits, the empty
-environment and killing of all descendants remain. A program that wants to be called correct can arrange that: it runs
-in the process that reports. This protects the machine from models, not the score from people.
+It can read what its user can read, and talk to services whose sockets lie in the user's own folders. Where the kernel
+allows no user namespaces (`isolated()` says), rlimits, the empty environment and killing of all descendants remain. A
+program that wants to be called correct can arrange that: it runs in the process that reports. This protects the machine
+from models, not the score from people.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def run(programs, seconds=3.0, memory=2**30, workers=None):
     """Source texts -> what became of each: "passed" (it ran to its end), "failed" (an exception, also SystemExit),
     "timed out" or "died" (killed, or left by os._exit). memory: bytes of address space."""
     programs = list(programs)
-    workers = min(workers or os.cpu_count() or 1, len(programs) or 1)
+    workers = min(workers or len(os.sched_getaffinity(0)), len(programs) or 1)
     verdicts, numbers = [None] * len(programs), iter(range(len(programs)))  # next() of a range is atomic
 
     def work(_):
@@ -60,6 +62,8 @@ def run(programs, seconds=3.0, memory=2**30, workers=None):
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(workers)))
+    if "not started" in verdicts:
+        raise OSError("programs could not be started in their sandbox")
     return verdicts
 
 
@@ -69,7 +73,7 @@ def isolated():
     if sys.platform != "linux":
         return False
     with serving() as server:
-        return ask(server, {"program": "", "seconds": 3.0, "memory": 2**30, "isolated": True}) == "isolated"
+        return ask(server, None)
 
 
 @contextlib.contextmanager
@@ -103,42 +107,57 @@ def serve():
     import collections  # noqa: F401  what many programs import
 
     libc_call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become children of this process
+    able = can_isolate()
     for line in sys.stdin.buffer:
-        answer = judge(**json.loads(line))
-        sys.stdout.write(json.dumps(answer) + "\n")
+        job = json.loads(line)
+        sys.stdout.write(json.dumps(judge(**job, isolated=able) if job else able) + "\n")
         sys.stdout.flush()
 
 
-def judge(program, seconds, memory, isolated=False):
-    """Run one program in a child and say what became of it; if `isolated`, whether it had namespaces."""
+def can_isolate():
+    """Whether all of it succeeds here, tried in a child: kernels and their guards refuse some of it in many ways."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            isolate(tempfile.gettempdir())
+            if inner := os.fork():
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]))
+            hide_and_drop_rights()
+            os._exit(0)
+        os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def judge(program, seconds, memory, isolated):
+    """Run one program in a child and say what became of it, or "not started"."""
     folder = tempfile.mkdtemp(prefix="program-")
     report, to_report = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.close(report)
-            confine_and_run(program, seconds, memory, folder, to_report)
+            confine_and_run(program, seconds, memory, folder, to_report, isolated)
         finally:
             os._exit(1)
     os.close(to_report)
-    said, limit = b"", STARTUP
+    verdict, deadline = "not started", time.monotonic() + STARTUP
     try:
-        while select.select([report], [], [], limit)[0]:
-            if not (some := os.read(report, 100)):
+        while verdict in ("not started", "died"):
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([report], [], [], left)[0]:
+                verdict = "timed out" if verdict == "died" else verdict
                 break
-            said += some
-            limit = seconds
-            if said[-1:] in b"pf":
+            if not (said := os.read(report, 1)):  # all who could say more are gone
                 break
-        else:
-            said += b"t"
+            if verdict == "not started":
+                verdict, deadline = "died", time.monotonic() + seconds  # unless it says how it ended
+            else:
+                verdict = {b"p": "passed", b"f": "failed"}.get(said, "died")
     finally:
         kill_all_children()
         os.close(report)
         shutil.rmtree(folder, ignore_errors=True)
-    if isolated:
-        return "isolated" if b"i" in said else "not isolated"
-    return {b"p": "passed", b"f": "failed", b"t": "timed out"}.get(said[-1:], "died")
+    return verdict
 
 
 def kill_all_children():
@@ -154,15 +173,15 @@ def kill_all_children():
             return
 
 
-def confine_and_run(program, seconds, memory, folder, report):
-    """In the child: never returns, and says on the pipe `report`: i isolated, r runs, p passed, f failed."""
+def confine_and_run(program, seconds, memory, folder, report, isolated):
+    """In the child: never returns, and says on the pipe `report`: r runs, then p passed or f failed."""
     os.setsid()
     os.nice(19)  # a fork bomb would leave the server no time to end it
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    if isolate(folder):
-        os.write(report, b"i")
+    if isolated:
+        isolate(folder)
         if os.fork():  # the first process in the namespace is the next one
             wait_for_child(report)
         hide_and_drop_rights()
@@ -189,20 +208,19 @@ def wait_for_child(report):
 
 
 def isolate(folder):
-    """Namespaces of its own for this process and those that it will fork; False where the kernel allows none."""
+    """Namespaces of its own for this process and those that it will fork; nothing to write to but a new `folder`, which
+    hides all that lies in temporary folders: sockets of others, too. OSError where the kernel allows it not."""
     uid, gid = os.getuid(), os.getgid()
-    try:
-        libc_call("unshare", sum(NEW.values()))
-    except OSError:
-        return False
+    libc_call("unshare", sum(NEW.values()))
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     libc_call("mount", None, b"/", None, 0x4000 | 0x4_0000, None)  # MS_REC | MS_PRIVATE
     read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: set MOUNT_ATTR_RDONLY
     libc_call("syscall", 442, -100, b"/", 0x8000, read_only, 32)  # mount_setattr of / and, AT_RECURSIVE, all below
-    libc_call("mount", b"none", folder.encode(), b"tmpfs", 0, b"size=32m")
-    return True
+    for path in {"/tmp", tempfile.gettempdir()}:
+        libc_call("mount", b"none", path.encode(), b"tmpfs", 0, b"size=32m")
+    os.makedirs(folder, exist_ok=True)
 
 
 def hide_and_drop_rights():

@@ -47,7 +47,10 @@ def test_packed_continuations_have_the_likelihoods_that_each_has_alone(model):
 
     asked = [([EOT, *ids(0, 30)], [ids(1, 12) for _ in range(dice.randint(1, 5))]) for _ in range(200)]
     asked += [([EOT, *ids(60, 90)], [ids(1, 12), ids(20, 30)]), ([EOT], [ids(70, 90)]), ([EOT], [ids(64, 64)])]
+    asked += [([EOT, 5], [[], [6]])]  # nothing has the likelihood 1
     logs, greedy = evaluation.log_likelihoods(model, asked, tokens_per_batch=256)
+    assert logs[-2] == 0 and greedy[-2]
+    logs, greedy, asked[-1] = np.delete(logs, -2), np.delete(greedy, -2), ([EOT, 5], [[6]])
     expected = [alone(model, context, some) for context, many in asked for some in many]
     assert np.abs(logs - [log for log, _ in expected]).max() < 1e-4
     assert greedy.tolist() == [right for _, right in expected]
@@ -66,12 +69,17 @@ def test_a_model_that_knows_nothing_gives_every_token_one_in_its_vocabulary(mode
 
 def test_contexts_and_continuations_are_cut_as_one_text():
     encode = ENCODING.encode_ordinary
-    for context, continuation in (("The cat", " sat"), ("def f(x):\n", "    return x"), ("", "word"), ("a  ", "b")):
-        head, rest, same = evaluation.split(encode, context, continuation)
-        assert ENCODING.decode(head) == context.rstrip()
-        if same:
-            assert ENCODING.decode([*head, *rest]) == context + continuation
-    assert not evaluation.split(encode, "retu", "rn")[2] or encode("return") != [*encode("retu"), *encode("rn")]
+    for context, continuation, body, rest in (
+        ("The cat", " sat", "The cat", " sat"),
+        ("def f(x):\n", "    return x", "def f(x):", None),  # one token ends in ":" or in ":\n"
+        ("", "word", "", "word"),
+        ("a  ", "b", "a", "  b"),
+    ):
+        head, ids, same = evaluation.split(encode, context, continuation)
+        assert ENCODING.decode(head) == body and same == (rest is not None)
+        assert not same or ENCODING.decode(ids) == rest
+    joined = encode("return")
+    assert evaluation.split(encode, "retu", "rn")[1] == joined[len(encode("retu")) :]
 
 
 @pytest.mark.parametrize("n, c, k", [(1, 0, 1), (5, 2, 1), (5, 2, 3), (7, 7, 2), (6, 4, 3)])
@@ -214,10 +222,10 @@ def test_log_likelihoods_and_accuracies_are_those_of_lm_evaluation_harness(model
         samples = sorted(theirs["samples"][task.name], key=lambda sample: sample["doc_id"])
         for sample_, logs in zip(samples, items["logs"], strict=True):
             answers = [r[0] if isinstance(r, (list, tuple)) else r for r in sample_["filtered_resps"]]
-            assert [sum(logs)] if task.kind == "text" else logs == pytest.approx([float(a) for a in answers], abs=1e-3)
-            for measure in ("acc", "acc_norm"):
-                if measure in sample_:
-                    assert sample_[measure] == items[measure][sample_["doc_id"]]
+            ours = [sum(logs)] if task.kind == "text" else logs
+            assert ours == pytest.approx([float(a) for a in answers], rel=1e-7, abs=1e-3)
+            for measure in () if task.kind == "text" else measures:
+                assert sample_[measure] == items[measure][sample_["doc_id"]]
 
 
 # ------------------------------------------------------------------------------------------------- from end to end
@@ -305,3 +313,16 @@ def test_code_is_written_cut_and_run(model, tmp_path, monkeypatch):
 def test_bad_input_gets_one_line(arguments, word):
     done = run("eval.py", *arguments)
     assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_program_that_a_text_asks_for_is_not_over_at_its_first_line(model, tmp_path, monkeypatch):
+    example = {"kind": "code", "prompt": '"""\nDouble.\n"""\n', "solution": "x", "tests": "assert double(2) == 4"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(example) + "\n" + json.dumps(example | {"lang": "go"}) + "\n")
+    task = evaluation.read_tasks(tmp_path, ["t"], 1)[0]
+    body = ENCODING.encode_ordinary("\ndef double(x):\n    return 2 * x\n\nassert double(1) == 3\n")
+    monkeypatch.setattr(model, "generate", lambda prompts, *_: ([token] for token in body))
+    args = evaluation.parse(["x", "--run-code"])
+    assert evaluation.runs(task, args) and not evaluation.runs(evaluation.read_tasks(tmp_path, ["t"], 2)[0], args)
+    (programs,) = evaluation.write_programs(task, model, ENCODING, args)
+    assert programs == ['"""\nDouble.\n"""\ndef double(x):\n    return 2 * x\n\nassert double(2) == 4']
+    assert evaluation.run_programs([programs], [1], 5.0) == {"pass@1": [1.0]}
