@@ -13,7 +13,7 @@ Results go to eval-<step>.json beside the checkpoints, or --out, after every tas
 |------------|---------------------------------------|-----------------------------------------------------------------|
 | choice     | context, sep, choices, answer (index) | which sep + choice is likeliest after the context               |
 | schema     | contexts, sep, continuation, answer   | after which context sep + continuation is likeliest             |
-| completion | context, sep, answer                  | whether every token of sep + answer is the likeliest; its bits |
+| completion | context, sep, answer                  | whether every token of sep + answer is the likeliest; its bits  |
 | code       | prompt, solution, tests               | bits of the solution; --run-code: share of samples that pass    |
 | infill     | prompt, suffix, answer, maybe tests   | bits of the answer, in the order that was trained; --generate   |
 | text       | text                                  | bits                                                            |
@@ -45,7 +45,7 @@ import infill
 import sandbox
 import tokenizer
 from checkpoint import CheckpointError
-from kernels.attention import DenseMask
+from kernels import dense_mask
 from mix import MixError, Source
 from processes import all_reduce, rank, world
 from sample import fill, load_model, trained_layout, trim, vocabulary_for
@@ -119,16 +119,33 @@ def read_task(path, group, limit):
 # ------------------------------------------------------------------------------------------------------ log-likelihoods
 
 
+def texts_of(example, kind):
+    """[(context, what may go on after it), ...] of an example, and which of them is right."""
+    e = example
+    if kind == "choice":
+        return [(e["context"], e["sep"] + choice) for choice in e["choices"]], e["answer"]
+    if kind == "schema":
+        return [(context, e["sep"] + e["continuation"]) for context in e["contexts"]], e["answer"]
+    if kind == "completion":
+        return [(e["context"], e["sep"] + e["answer"])], 0
+    if kind == "text":
+        return [("", e["text"])], 0
+    return [(e["prompt"], e["solution" if kind == "code" else "answer"])], 0
+
+
 def split(encode, context, continuation):
-    """Ids of a context and of what goes on after it, encoded as one text; whether the former are the context's own."""
-    body = context.rstrip()
-    whole, head = encode(context + continuation), encode(body)
-    return head, whole[len(head) :], whole[: len(head)] == head
+    """Ids of a context without white space at its end, and of what goes on after it.
+
+    Encoded as one text and cut where the context's own ids end, which is elsewhere if a token would reach over the
+    border: "):" and "):\\n" may be one token each, and then the line's end counts to neither, as in
+    lm-evaluation-harness.
+    """
+    whole, head = encode(context + continuation), encode(context.rstrip())
+    return head, whole[len(head) :]
 
 
 def requests(example, kind, encode, eot, layout, vocabulary, block_size):
-    """What is to be scored of an example: [(context ids, [continuation ids, ...])], and the bytes behind each
-    continuation."""
+    """What is to be scored of an example: [(context ids, [continuation ids, ...])]."""
     if kind == "text":
         ids, made = example.get("ids") or [eot, *encode(example["text"])], []
         for begin in range(0, len(ids) - 1, block_size):  # every token once, the last ones after a full context
@@ -141,15 +158,9 @@ def requests(example, kind, encode, eot, layout, vocabulary, block_size):
         head, tail = (np.array(encode(example[part]), np.uint16) for part in ("prompt", "suffix"))
         head, tail = trim(head, tail, block_size - len(answer) - 5)
         return [(infill.prompt(head, tail, layout, vocabulary).tolist(), [answer]), ([eot, *head.tolist()], [answer])]
-    pairs = {
-        "choice": lambda e: [(e["context"], e["sep"] + choice) for choice in e["choices"]],
-        "schema": lambda e: [(context, e["sep"] + e["continuation"]) for context in e["contexts"]],
-        "completion": lambda e: [(e["context"], e["sep"] + e["answer"])],
-        "code": lambda e: [(e["prompt"], e["solution"])],
-    }[kind](example)
     made = []
-    for context, continuation in pairs:
-        head, rest, _ = split(encode, context, continuation)
+    for context, continuation in texts_of(example, kind)[0]:
+        head, rest = split(encode, context, continuation)
         if made and made[-1][0] == [eot, *head]:  # choices after one context
             made[-1][1].append(rest)
         else:
@@ -234,10 +245,8 @@ def log_likelihoods(model, requests, tokens_per_batch=16_384):
         seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         seen = seen & (piece[:, :, None] == piece[:, None])
         seen &= (branch[:, None] == 0) | (branch[:, :, None] == branch[:, None])
-        bias = torch.zeros(len(tokens), 1, length, length, dtype=model.dtype, device=device)
-        mask = DenseMask(bias.masked_fill_(~seen[:, None], float("-inf")), True)
         row, column, target, number = (torch.from_numpy(array).to(device) for array in asked)
-        states = model.hidden(tokens, mask=mask, pos=pos)[row, column]
+        states = model.hidden(tokens, mask=dense_mask(seen[:, None], model.dtype, True), pos=pos)[row, column]
         for x, goal, n in zip(*(part.split(4096) for part in (states, target, number)), strict=True):
             logits = model.logits(x)
             picked = logits.gather(1, goal[:, None])[:, 0]
@@ -264,10 +273,14 @@ def score(task, model, encoding, layout, vocabulary, tokens_per_batch):
     for example, some in zip(task.examples, asked, strict=True):
         end = at + sum(len(continuations) for _, continuations in some)
         mine, at = logs[at:end], end
-        right = {"choice": example.get("answer"), "schema": example.get("answer"), "infill": 0}.get(kind, slice(None))
         made["logs"].append(mine.tolist())
-        made["bits"].append(-float(np.sum(mine[right])) / math.log(2))
-        made["bytes"].append(example.get("bytes") or len(answer_text(example, kind).encode()))
+        if "ids" in example:  # a held-out window
+            right, n_bytes = 0, example["bytes"]
+        else:
+            texts, right = texts_of(example, kind)
+            n_bytes = len(texts[right][1].encode())
+        made["bits"].append(-float(mine.sum() if kind == "text" else mine[right]) / math.log(2))
+        made["bytes"].append(n_bytes)
         if kind in ("choice", "schema"):
             made["acc"].append(share_of_best(mine, right))
             if kind == "choice":
@@ -275,7 +288,7 @@ def score(task, model, encoding, layout, vocabulary, tokens_per_batch):
             made["p"].append(float(np.exp(mine[right] - np.logaddexp.reduce(mine))))
             made["given"].append(int(mine.argmax()))
         elif kind == "infill":
-            made["suffix_gain"].append((mine[0] - mine[1]) / math.log(2) / max(1, made["bytes"][-1]))
+            made["suffix_gain"].append((mine[0] - mine[1]) / math.log(2) / max(1, n_bytes))
         elif kind == "completion":
             made["acc"].append(float(greedy[end - 1]))
     return dict(made)
@@ -284,17 +297,6 @@ def score(task, model, encoding, layout, vocabulary, tokens_per_batch):
 def share_of_best(values, right):
     """1 if one value is the largest and the right one, 1/k if k are, else 0."""
     return float((values == values.max())[right] / (values == values.max()).sum())
-
-
-def answer_text(example, kind):
-    """What a model has to say of an example, with the separator before it."""
-    if kind == "choice":
-        return example["sep"] + example["choices"][example["answer"]]
-    if kind == "schema":
-        return example["sep"] + example["continuation"]
-    if kind == "completion":
-        return example["sep"] + example["answer"]
-    return example[{"code": "solution", "infill": "answer", "text": "text"}[kind]]
 
 
 def mean(values):
@@ -399,8 +401,8 @@ def or_else(value, default):
     return default if value is None else value
 
 
-def run_programs(programs, ks, seconds):
-    """{"pass@k": [...] for every k in ks}, of the k that as many samples allow."""
+def run_programs(programs, seconds, ks=(1, 10, 100)):
+    """{"pass@k": [...] for every k in ks that as many samples allow}."""
     verdicts = iter(sandbox.run(itertools.chain(*programs), seconds))
     passed = [sum(next(verdicts) == "passed" for _ in some) for some in programs]
     return {f"pass@{k}": [pass_at(k, len(some), c) for some, c in zip(programs, passed, strict=True)]
@@ -476,10 +478,7 @@ def groups(tasks):
     return made
 
 
-GREY, PLAIN = "\033[90m", "\033[0m"
-
-
-def print_task(name, task, colour):
+def print_task(name, task):
     def show(measure, scale=100, form="6.1f"):
         if measure not in task["scores"]:
             return " " * 14
@@ -495,7 +494,8 @@ def print_task(name, task, colour):
     if "chance" in task:
         known = f"{100 * task['chance']:6.1f} {100 * task['constant']:8.1f} {task['entropy']:7.2f}"
     text = f"{name:<20} {task['n']:>6} {show('acc')} {show('acc_norm')} {known}  {show('bpb', 1, '6.3f')} {others}"
-    print(f"{GREY}{text}  ~{PLAIN}" if noise(task) and colour else f"{text}  ~" if noise(task) else text)
+    grey, plain = ("\033[90m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    print(f"{grey}{text}  ~{plain}" if noise(task) else text)
 
 
 def compare(a, b):
@@ -551,9 +551,8 @@ def plot(results, to):
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def meta_of(args, state, model, encoding, layout):
+def meta_of(folder, state, model, encoding, layout):
     """Where results come from; `key` decides whether results that are there already are of the same thing."""
-    folder = checkpoint.find(args.checkpoint)
     key = {"weights": checkpoint.weights_sha256(folder), "tokenizer": tokenizer.digest(encoding), "layout": layout,
            "dtype": str(model.dtype)}  # fmt: skip
     return {
@@ -573,7 +572,7 @@ def generation(task, args):
     """Settings that a task's answers depend on, None if none are asked for."""
     if not (runs(task, args) or (task.kind == "infill" and args.generate)):
         return None
-    run = {"seconds": args.seconds, "k": args.k, "samples": args.samples_per_task} if runs(task, args) else {}
+    run = {"seconds": args.seconds, "samples": args.samples_per_task} if runs(task, args) else {}
     names = ("max_new_tokens", "temperature", "top_p", "no_healing", "seed")
     return run | {name: getattr(args, name) for name in names}
 
@@ -590,7 +589,7 @@ def evaluate(task, model, encoding, layout, vocabulary, args):
         else:
             programs = write_programs(task, model, encoding, args)
         if runs(task, args):
-            items |= run_programs(programs, args.k, args.seconds)
+            items |= run_programs(programs, args.seconds)
         items["programs"] = programs
     return summary(task, items) | {"generation": settings}
 
@@ -606,7 +605,6 @@ def parse(argv):
     parser.add_argument("--generate", action="store_true", help="fill holes too, and count what ends and what is exact")
     parser.add_argument("--run-code", action="store_true", help="run what the model writes, against its tests")
     parser.add_argument("--seconds", type=float, default=3.0, help="that a program may take")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 100], help="of pass@k, where samples suffice")
     parser.add_argument("--samples_per_task", type=int, default=1, help="programs written for each problem")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; default 0.2, of holes 1")
@@ -665,18 +663,20 @@ def gather_tasks(args, model, state, vocabulary, layout):
 
 def run(args):
     """Evaluate one checkpoint; its results, {"meta", "tasks", "groups"}, written after every task."""
-    model, encoding, state = load_model(args.checkpoint[0], args.device, getattr(torch, args.dtype))
+    if len(args.checkpoint) > 1:
+        raise EvalError("one checkpoint at a time; several result files go with --plot")
+    folder = checkpoint.find(args.checkpoint[0])
+    model, encoding, state = load_model(folder, args.device, getattr(torch, args.dtype))
     if encoding is None:
-        raise EvalError(f"{args.checkpoint[0]} was trained on data that names no tokenizer, so texts have no ids")
-    args.checkpoint = args.checkpoint[0]
+        raise EvalError(f"{folder} was trained on data that names no tokenizer, so texts have no ids")
     layout = args.layout or trained_layout(state["config"]) or "psm"
     try:
         vocabulary = vocabulary_for(layout, encoding)
     except infill.InfillError:  # no holes then, but everything else
         vocabulary, layout = infill.Vocabulary(encoding), None
     tasks = gather_tasks(args, model, state, vocabulary, layout)
-    meta = meta_of(args, state, model, encoding, layout)
-    to = args.out or Path(meta["checkpoint"]).parents[1] / f"eval-{state['step']:08d}.json"
+    meta = meta_of(folder, state, model, encoding, layout)
+    to = args.out or folder.parents[1] / f"eval-{state['step']:08d}.json"
     results = {"meta": meta, "tasks": {}, "groups": {}}
     if args.samples:
         args.samples.write_text("")
@@ -690,7 +690,6 @@ def run(args):
     if args.run_code and not sandbox.isolated():
         print("this kernel grants no namespaces: programs have limits but could write files and use the network")
     print(f"{'task':<20} {'n':>6} {'acc':>6} {'':>7} {'acc_norm':>8} {'':>5} chance constant entropy  bits/byte")
-    colour = sys.stdout.isatty()
     for task in tasks:
         known = results["tasks"].get(task.name)
         settings = generation(task, args)
@@ -701,7 +700,7 @@ def run(args):
             checkpoint.write_json(to, results | {"groups": groups(results["tasks"])})
         if args.samples:
             write_samples(args.samples, task, results["tasks"][task.name]["items"])
-        print_task(task.name, results["tasks"][task.name], colour)
+        print_task(task.name, results["tasks"][task.name])
     results["groups"] = groups(results["tasks"])
     for name, group in results["groups"].items():
         acc = f"acc over chance {group['acc']:6.3f}" if "acc" in group else " " * 22

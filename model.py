@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import DenseMask, add_norm, attention, linear_ce, rope_qkv_, rope_tables, swiglu
+from kernels import add_norm, attention, dense_mask, linear_ce, rope_qkv_, rope_tables, swiglu
 
 # Parameters with the 32,064 ids of the shipped tokenizer, except nano (8,192 ids) and 7B (Crystal's own 32,032).
 PRESETS = {
@@ -179,8 +179,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None, mask=None, pos=None):
         """tokens (B, T) int64 -> final normalised states (B, T, C) in `dtype`.
 
-        mask: of kernels.batch_mask, None: causal. pos: (B, T) int64 positions below block_size, None: those after the
-        cache's.
+        mask: of kernels.batch_mask or dense_mask, None: causal. pos: (B, T) int64 positions below block_size, None:
+        those after the cache's.
         """
         start = cache.used if cache else 0
         end = start + tokens.shape[1]
@@ -220,10 +220,12 @@ class GPT(nn.Module):
         that have come to `stop`, until all have or max_new_tokens.
 
         temperature 0 takes the likeliest token. top_p keeps the smallest set of tokens that holds that much probability
-        (nucleus sampling, arXiv 1904.09751). allow: function of the ids made so far to what may come next, bool
-        (vocab_real,), or None for anything; of the first prompt alone. Contexts that outgrow block_size are re-read
-        from their later half.
+        (nucleus sampling, arXiv 1904.09751). allow, for one prompt: function of the ids made so far to what may come
+        next, bool (vocab_real,), or None for anything. Contexts that outgrow block_size are re-read from their later
+        half.
         """
+        if allow and len(prompts) > 1:
+            raise ValueError("allow goes with one prompt")
         texts, made, over, cache = [[*prompt] for prompt in prompts], [], [False] * len(prompts), None
         length, device = self.config.block_size, self.wte.weight.device
         for _ in range(max_new_tokens):
@@ -252,8 +254,7 @@ class GPT(nn.Module):
         """Mask and positions of columns begin .. end - 1 of rows whose first `padding` (B, 1) columns hold nothing."""
         q, k = torch.arange(begin, end, device=padding.device)[:, None], torch.arange(end, device=padding.device)
         seen = (k <= q) & ((k >= padding[:, None]) | (k == q))  # what holds nothing sees itself, or would be NaN
-        bias = torch.zeros(seen.shape, dtype=self.dtype, device=padding.device).masked_fill_(~seen, float("-inf"))
-        return {"mask": DenseMask(bias[:, None], True), "pos": (q.T - padding).clamp(min=0)}
+        return {"mask": dense_mask(seen[:, None], self.dtype, True), "pos": (q.T - padding).clamp(min=0)}
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

@@ -79,12 +79,10 @@ def spelling(rest, token_bytes):
     return allow
 
 
-def trained_layout(config, source=None):
-    """Which of infill.LAYOUTS a checkpoint was trained to fill holes in, in `source` or else the first source that was;
-    None if it was not. config: the knobs of its phase, as a dict."""
-    objective = config.get("objective", {})
-    objectives = [objective.get(source, objective.get("*", "causal"))] if source else objective.values()
-    return next(filter(None, map(infill.layout, map(infill.parse, objectives))), None)
+def trained_layout(config):
+    """Which of infill.LAYOUTS a checkpoint was trained to fill holes in, in the first source that was; None if it was
+    not. config: the knobs of its phase, as a dict."""
+    return next(filter(None, map(infill.layout, map(infill.parse, config.get("objective", {}).values()))), None)
 
 
 def vocabulary_for(layout, encoding):

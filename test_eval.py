@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -71,13 +72,12 @@ def test_contexts_and_continuations_are_cut_as_one_text():
     encode = ENCODING.encode_ordinary
     for context, continuation, body, rest in (
         ("The cat", " sat", "The cat", " sat"),
-        ("def f(x):\n", "    return x", "def f(x):", None),  # one token ends in ":" or in ":\n"
+        ("def f(x):\n", "    return x", "def f(x):", "    return x"),  # "):" and "):\n" are one token each
         ("", "word", "", "word"),
         ("a  ", "b", "a", "  b"),
     ):
-        head, ids, same = evaluation.split(encode, context, continuation)
-        assert ENCODING.decode(head) == body and same == (rest is not None)
-        assert not same or ENCODING.decode(ids) == rest
+        head, ids = evaluation.split(encode, context, continuation)
+        assert (ENCODING.decode(head), ENCODING.decode(ids)) == (body, rest)
     joined = encode("return")
     assert evaluation.split(encode, "retu", "rn")[1] == joined[len(encode("retu")) :]
 
@@ -164,19 +164,12 @@ def made_up_tasks(folder):
     return [*kinds]
 
 
-def test_log_likelihoods_and_accuracies_are_those_of_lm_evaluation_harness(model, tmp_path):
-    """pip install lm_eval==0.4.13; NANOCRYSTAL_TASKS=FOLDER:piqa,winograd,lambada,wikitext2 for files of your own."""
-    pytest.importorskip("lm_eval")
-    from lm_eval import evaluator
+def harness_of(model):
+    """A model for lm-evaluation-harness: one plain pass a request, through its own way from texts to ids."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    folder, _, names = os.environ.get("NANOCRYSTAL_TASKS", f"{tmp_path}:").partition(":")
-    names = names.split(",") if names else made_up_tasks(tmp_path)
-
     class Ours(TemplateLM):
-        """One plain pass a request, through lm-eval's own way from texts to ids."""
-
         eot_token_id, max_length = EOT, model.config.block_size
 
         def tok_encode(self, string, **_):
@@ -192,39 +185,53 @@ def test_log_likelihoods_and_accuracies_are_those_of_lm_evaluation_harness(model
         def loglikelihood_rolling(self, requests, **_):
             totals = []
             for request in requests:
-                ids = self.tok_encode(request.args[0])
-                windows = get_rolling_token_windows(ids, EOT, self.max_length, context_len=1)
+                windows = get_rolling_token_windows(self.tok_encode(request.args[0]), EOT, self.max_length, 1)
                 totals.append(sum(alone(model, *map(list, make_disjoint_window(w)))[0] for w in windows))
             return totals
 
         def generate_until(self, requests, **_):
             raise NotImplementedError
 
-    for task in evaluation.read_tasks(evaluation.Path(folder), names, 20):
-        path = next(evaluation.Path(folder).glob(f"{task.name}.jsonl*"))
-        sep = task.examples[0].get("sep", "")
-        fields = {
-            "choice": ("multiple_choice", "{{context}}", "answer", "choices"),
-            "schema": ("multiple_choice", "answer", "continuation", "contexts"),
-            "completion": ("loglikelihood", "{{context}}", "{{sep}}{{answer}}", None),
-            "text": ("loglikelihood_rolling", "", "{{text}}", None),
-        }[task.kind]
-        config = dict(zip(("output_type", "doc_to_text", "doc_to_target", "doc_to_choice"), fields, strict=True))
-        config["target_delimiter"] = "" if task.kind == "completion" else sep
-        measures = {"choice": ("acc", "acc_norm"), "text": ("bits_per_byte",)}.get(task.kind, ("acc",))
-        config["metric_list"] = [{"metric": measure} for measure in measures]
-        if fields[3] is None:
-            del config["doc_to_choice"]
-        config |= {"task": task.name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
-                   "test_split": "test", "num_fewshot": 0}  # fmt: skip
-        theirs = evaluator.simple_evaluate(Ours(), tasks=[config], limit=20, log_samples=True, bootstrap_iters=0)
+    return Ours()
+
+
+def harness_config(task, path):
+    """A task file as lm-evaluation-harness describes it, and the measures that are ours as well."""
+    kinds = {
+        "choice": ("multiple_choice", "{{context}}", "answer", "choices", ("acc", "acc_norm")),
+        "schema": ("multiple_choice", "answer", "continuation", "contexts", ("acc",)),
+        "completion": ("loglikelihood", "{{context}}", "{{sep}}{{answer}}", None, ("acc",)),
+        "text": ("loglikelihood_rolling", "", "{{text}}", None, ()),
+    }
+    output_type, doc_to_text, doc_to_target, doc_to_choice, measures = kinds[task.kind]
+    config = dict(
+        task=task.name, dataset_path="json", dataset_kwargs={"data_files": {"test": str(path)}}, test_split="test",
+        num_fewshot=0, output_type=output_type, doc_to_text=doc_to_text, doc_to_target=doc_to_target,
+        target_delimiter="" if task.kind == "completion" else task.examples[0].get("sep", ""),
+        metric_list=[{"metric": measure} for measure in measures or ("bits_per_byte",)],
+    )  # fmt: skip
+    return config | ({"doc_to_choice": doc_to_choice} if doc_to_choice else {}), measures
+
+
+def test_log_likelihoods_and_accuracies_are_those_of_lm_evaluation_harness(model, tmp_path):
+    """pip install lm_eval==0.4.13; NANOCRYSTAL_TASKS=FOLDER:piqa,winograd,lambada,wikitext2 for files of your own."""
+    pytest.importorskip("lm_eval")
+    from lm_eval import evaluator
+
+    folder, _, names = os.environ.get("NANOCRYSTAL_TASKS", f"{tmp_path}:").partition(":")
+    names = names.split(",") if names else made_up_tasks(tmp_path)
+    for task in evaluation.read_tasks(Path(folder), names, 20):
+        config, measures = harness_config(task, next(Path(folder).glob(f"{task.name}.jsonl*")))
+        theirs = evaluator.simple_evaluate(
+            harness_of(model), tasks=[config], limit=20, log_samples=True, bootstrap_iters=0
+        )
         items = evaluation.score(task, model, ENCODING, "psm", None, 1024)
         samples = sorted(theirs["samples"][task.name], key=lambda sample: sample["doc_id"])
         for sample_, logs in zip(samples, items["logs"], strict=True):
             answers = [r[0] if isinstance(r, (list, tuple)) else r for r in sample_["filtered_resps"]]
             ours = [sum(logs)] if task.kind == "text" else logs
             assert ours == pytest.approx([float(a) for a in answers], rel=1e-7, abs=1e-3)
-            for measure in () if task.kind == "text" else measures:
+            for measure in measures:
                 assert sample_[measure] == items[measure][sample_["doc_id"]]
 
 
@@ -292,13 +299,13 @@ def test_code_is_written_cut_and_run(model, tmp_path, monkeypatch):
         yield from itertools.zip_longest(*scripts)
 
     monkeypatch.setattr(model, "generate", generate)
-    args = evaluation.parse(["x", "--run-code", "--samples_per_task=2", "--k", "1", "2", "3"])
+    args = evaluation.parse(["x", "--run-code", "--samples_per_task=2"])
     programs = evaluation.write_programs(task, model, ENCODING, args)
     assert programs[0] == [
         "def f(x):\n    return 2 * x\n\nassert f(2) == 4",
         "def f(x):\n    return x\nassert f(2) == 4",
     ]
-    assert evaluation.run_programs(programs, args.k, 5.0) == {"pass@1": [0.5, 1.0], "pass@2": [1.0, 1.0]}
+    assert evaluation.run_programs(programs, 5.0, (1, 2, 3)) == {"pass@1": [0.5, 1.0], "pass@2": [1.0, 1.0]}
 
 
 @pytest.mark.parametrize(
@@ -325,4 +332,18 @@ def test_a_program_that_a_text_asks_for_is_not_over_at_its_first_line(model, tmp
     assert evaluation.runs(task, args) and not evaluation.runs(evaluation.read_tasks(tmp_path, ["t"], 2)[0], args)
     (programs,) = evaluation.write_programs(task, model, ENCODING, args)
     assert programs == ['"""\nDouble.\n"""\ndef double(x):\n    return 2 * x\n\nassert double(2) == 4']
-    assert evaluation.run_programs([programs], [1], 5.0) == {"pass@1": [1.0]}
+    assert evaluation.run_programs([programs], 5.0) == {"pass@1": [1.0]}
+
+
+def test_tasks_are_scored_also_where_no_source_has_a_held_out_part(phases, data, tmp_path):
+    for name in ("text", "code"):
+        (tmp_path / "bare" / name).mkdir(parents=True)
+        for path in (data / name).glob("train*"):
+            (tmp_path / "bare" / name / path.name).symlink_to(path)
+        meta = json.loads((data / name / "meta.json").read_text())
+        meta["val"] = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
+        (tmp_path / "bare" / name / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / f"{made_up_tasks(tmp_path)[0]}.jsonl").rename(tmp_path / "piqa.jsonl")
+    knobs = {"eval_tasks": str(tmp_path), "eval_examples": 5, "share": 0.1, "data": str(tmp_path / "bare")}
+    assert train.main(phases("a", **knobs)) == 0
+    assert [r["tasks"].keys() for r in losses(tmp_path / "out", "a") if "tasks" in r] == [{"piqa"}] * 2

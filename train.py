@@ -680,11 +680,8 @@ def score_tasks(model, tasks, encoding, phase, stop):
             summary = evaluation.summary(task, items)
             made[task.name] = {name: summary[name] for name in ("n", "chance") if name in summary}
             for name in ("acc", "bpb"):
-                if name in summary["scores"]:
-                    made[task.name] |= {
-                        name: summary["scores"][name]["mean"],
-                        f"{name}_se": summary["scores"][name]["se"],
-                    }
+                if score := summary["scores"].get(name):
+                    made[task.name] |= {name: score["mean"], f"{name}_se": score["se"]}
     return made
 
 
@@ -871,6 +868,9 @@ def log_training(log, phase, step, sums, skips, lr, norm, speed, mfu):
     return in_a_row
 
 
+MISTAKES = (ConfigError, MixError, InfillError, EvalError, CheckpointError, TokenizerError)  # the user's
+
+
 class LossError(Exception):
     """Training cannot go on; the message says from where it can."""
 
@@ -943,7 +943,7 @@ def train_phase(run, phase, state, parent):
     while (why := run.stop.agreed(saver.failed())) != "failed":
         if not why and evaluated != step and (step in (0, phase.steps) or due(cfg.eval_every)):
             values = evaluate(model, run.sets, phase, run.device, run.stop)
-            scores = values and score_tasks(model, run.tasks, run.encoding, phase, run.stop)
+            scores = None if values is None else score_tasks(model, run.tasks, run.encoding, phase, run.stop)
             if scores is None:
                 continue  # and hear why it was stopped
             log_evaluation(log, phase, step, values, scores)
@@ -1202,16 +1202,7 @@ def run_command(named, flags, refused, stop):
             train(named, "fresh" in flags and not again, stop)
     except Stopped as signal_name:
         print(f"{signal_name}: stopped before this start made a step; the same command continues")
-    except (
-        ConfigError,
-        MixError,
-        InfillError,
-        EvalError,
-        CheckpointError,
-        TokenizerError,
-        OSError,
-        LossError,
-    ) as error:
+    except (*MISTAKES, OSError, LossError) as error:
         if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
             print(f"train.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, LossError) else 2

@@ -4,10 +4,10 @@ One file each; the model calls nothing else. Every file holds the readable PyTor
 CPU, and the Triton kernels that must agree with it; backend.py says which of them runs.
 """
 
-from kernels.attention import DenseMask, attention, batch_mask
+from kernels.attention import attention, batch_mask, dense_mask
 from kernels.linear_ce import linear_ce
 from kernels.norm import add_norm
 from kernels.rope import rope_qkv_, rope_tables
 from kernels.swiglu import swiglu
 
-__all__ = ["DenseMask", "add_norm", "attention", "batch_mask", "linear_ce", "rope_qkv_", "rope_tables", "swiglu"]
+__all__ = ["add_norm", "attention", "batch_mask", "dense_mask", "linear_ce", "rope_qkv_", "rope_tables", "swiglu"]

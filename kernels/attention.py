@@ -68,8 +68,13 @@ def batch_mask(T, prefix=None, doc=None, dtype=torch.float32):
     if some.is_cuda:
         return create_block_mask(visible(prefix, doc), len(some), None, T, T, some.device, BLOCK_SIZE=128)
     seen = attention_mask(T, T, prefix, doc, some.device)
-    bias = torch.zeros(seen.shape, dtype=dtype, device=some.device).masked_fill_(~seen, float("-inf"))
-    return DenseMask(bias, prefix is None)
+    return dense_mask(seen, dtype, prefix is None)
+
+
+def dense_mask(seen, dtype, causal):
+    """seen: bool (B, 1, Tq, Tk), where a query may look; causal: never at a later key. -> DenseMask for `attention`."""
+    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return DenseMask(bias.masked_fill_(~seen, float("-inf")), causal)
 
 
 @functools.cache
@@ -102,8 +107,8 @@ def attention(q, k, v, scale=None, mask=None):
     """softmax(scale * q k^T under the mask) v.
 
     q: (B, H, Tq, D); k, v: (B, H, Tk, D), Tk >= Tq: the queries are the last Tq positions, as with a key-value cache.
-    mask: what `batch_mask` made, for Tq = Tk; None: causal. scale: 1/sqrt(D) unless given; muP wants 1/D (arXiv
-    2203.03466, section 5). Returns (B, H, Tq, D) in q's dtype.
+    mask: what `batch_mask` made, for Tq = Tk, or `dense_mask`; None: causal. scale: 1/sqrt(D) unless given; muP wants
+    1/D (arXiv 2203.03466, section 5). Returns (B, H, Tq, D) in q's dtype.
     """
     Tq, Tk = q.shape[2], k.shape[2]
     if isinstance(mask, BlockMask):
