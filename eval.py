@@ -144,10 +144,10 @@ def split(encode, context, continuation):
     return head, whole[len(head) :]
 
 
-def requests(example, kind, encode, eot, layout, vocabulary, block_size):
+def requests(example, kind, encode, start, layout, vocabulary, block_size):
     """What is to be scored of an example: [(context ids, [continuation ids, ...])]."""
     if kind == "text":
-        ids, made = example.get("ids") or [eot, *encode(example["text"])], []
+        ids, made = example.get("ids") or [start, *encode(example["text"])], []
         for begin in range(0, len(ids) - 1, block_size):  # every token once, the last ones after a full context
             end = min(begin + block_size, len(ids) - 1)
             first = max(0, end - block_size)
@@ -157,14 +157,14 @@ def requests(example, kind, encode, eot, layout, vocabulary, block_size):
         answer = encode(example["answer"])
         head, tail = (np.array(encode(example[part]), np.uint16) for part in ("prompt", "suffix"))
         head, tail = trim(head, tail, block_size - len(answer) - 5)
-        return [(infill.prompt(head, tail, layout, vocabulary).tolist(), [answer]), ([eot, *head.tolist()], [answer])]
+        return [(infill.prompt(head, tail, layout, vocabulary).tolist(), [answer]), ([start, *head.tolist()], [answer])]
     made = []
     for context, continuation in texts_of(example, kind)[0]:
         head, rest = split(encode, context, continuation)
-        if made and made[-1][0] == [eot, *head]:  # choices after one context
+        if made and made[-1][0] == [start, *head]:  # choices after one context
             made[-1][1].append(rest)
         else:
-            made.append(([eot, *head], [rest]))
+            made.append(([start, *head], [rest]))
     return made
 
 
@@ -266,8 +266,8 @@ def score(task, model, encoding, layout, vocabulary, tokens_per_batch):
     "bits" and "bytes" of what was right; "acc", "acc_norm", "p" of the right choice; "given", the place of the answer
     given; "suffix_gain", bits per byte that the suffix of a hole saves; "logs", nats of each continuation.
     """
-    encode, eot, kind = encoding.encode_ordinary, tokenizer.eot(encoding), task.kind
-    asked = [requests(e, kind, encode, eot, layout, vocabulary, model.config.block_size) for e in task.examples]
+    encode, start, kind = encoding.encode_ordinary, tokenizer.start(encoding), task.kind
+    asked = [requests(e, kind, encode, start, layout, vocabulary, model.config.block_size) for e in task.examples]
     logs, greedy = log_likelihoods(model, [*itertools.chain(*asked)], tokens_per_batch)
     made, at = collections.defaultdict(list), 0
     for example, some in zip(task.examples, asked, strict=True):
@@ -353,7 +353,7 @@ def write_programs(task, model, encoding, args):
     """
     n, eot = args.samples_per_task, tokenizer.eot(encoding)
     prompts = [e["prompt"].rstrip() for e in task.examples for _ in range(n)]
-    ids = [[eot, *encoding.encode_ordinary(prompt)] for prompt in prompts]
+    ids = [[tokenizer.start(encoding), *encoding.encode_ordinary(prompt)] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ends = [FUNCTION_ENDS if re.search(r"^\s*(async )?def ", prompt, re.M) else PROGRAM_ENDS for prompt in prompts]
     bodies = [""] * len(ids)
@@ -416,6 +416,8 @@ def held_out(folder, block_size, vocabulary, limit, seed, fills):
     """Tasks from the held-out part of a source: its windows as text, and if the model `fills` any two kinds of holes in
     their longest documents, a span between any two characters and a line, in as much as half a context holds."""
     source, rng = Source(folder, "val", block_size), np.random.default_rng(seed)
+    if source.tokenizer not in (None, tokenizer.digest(vocabulary.encoding)):
+        raise EvalError(f"{folder} holds ids of another tokenizer than {vocabulary.encoding.name}")
     rows = source.rows(0, min(source.windows, limit))
     sha256 = hashlib.sha256(rows).hexdigest()
     windows = [{"ids": row.tolist(), "bytes": sum(len(vocabulary.token_bytes[i]) for i in row[1:])} for row in rows]
@@ -641,9 +643,13 @@ def load_results(path):
 
 def gather_tasks(args, model, state, vocabulary, layout):
     """The tasks that args.tasks names: held-out parts of the sources it was trained on, and those in --data."""
-    names = (args.tasks or ("held_out,quick" if args.data else "held_out")).split(",")
-    folder, own = Path(args.sources or state["config"]["data"]), {}
-    for source in state["config"]["mix"]:
+    folder, sources, own = Path(args.sources or state["config"]["data"]), [*state["config"]["mix"]], {}
+    if args.sources and not sources:  # weights from elsewhere
+        sources = sorted(record.parent.name for record in folder.glob("*/meta.json"))
+    names = args.tasks.split(",") if args.tasks else ["held_out"] * bool(sources) + ["quick"] * bool(args.data)
+    if not names:
+        raise EvalError("on what? say --data, a folder of task files, or --sources, one of prepared sources")
+    for source in sources:
         asked = any(name == "held_out" or name.startswith(source) for name in names)
         if asked and (folder / source).is_dir():
             how = vocabulary, args.limit or 256, args.seed, layout
@@ -651,7 +657,7 @@ def gather_tasks(args, model, state, vocabulary, layout):
             own |= {task.name: task for task in tasks}
     if "held_out" in names and not own:
         raise EvalError(
-            f"{folder}/ has none of {', '.join(state['config']['mix'])}; say --sources, or name other --tasks"
+            f"{folder}/ has none of {', '.join(sources) or 'its sources'}; say --sources, or name other --tasks"
         )
     mine = [task for name, task in own.items() if name in names or "held_out" in names]
     if rest := [name for name in names if name not in own and name != "held_out"]:

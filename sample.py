@@ -20,13 +20,14 @@ from model import GPT, GPTConfig
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
-    """(model in evaluation mode, tiktoken.Encoding or None, state of the checkpoint) from what a person typed."""
+    """(model in evaluation mode, tiktoken.Encoding or its like or None, state of the checkpoint) from what a person
+    typed."""
     folder = checkpoint.find(path)
     state = checkpoint.load_state(folder)
     model = GPT(GPTConfig(**state["model"]), dtype).to(device).eval()
     checkpoint.load(folder, {"model": dict(model.named_parameters())})
-    meta = state["tokenizer"]
-    return model, meta and tokenizer.load(meta["name"], meta["vocab_size"]), state
+    meta, copy = state["tokenizer"], folder.parents[1] / "tokenizer.json"  # that moves with the folder
+    return model, meta and tokenizer.load(str(copy) if copy.exists() else meta["name"], meta["vocab_size"]), state
 
 
 def complete(model, encoding, prompt, **how):
@@ -35,7 +36,7 @@ def complete(model, encoding, prompt, **how):
     The prompt follows an end-of-text, as a document does in training. `how` goes to GPT.generate.
     """
     stop = tokenizer.eot(encoding)
-    ids = [stop, *encoding.encode_ordinary(prompt)]
+    ids = [tokenizer.start(encoding), *encoding.encode_ordinary(prompt)]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for (token,) in model.generate([ids], stop=stop, **how):
         yield decoder.decode(encoding.decode_single_token_bytes(token))

@@ -4,6 +4,7 @@ The tokenizer: 32,000 byte-level BPE ranks (nanocrystal.tiktoken, made by train.
     encoding = tokenizer.load()                       # all 32,064 ids
     encoding = tokenizer.load(vocab_size=8192)        # the first 8,128 ranks and the 64 special ids
     encoding = tokenizer.load("gpt2")                 # any tiktoken encoding whose ids fit uint16
+    encoding = tokenizer.load("out/llama/tokenizer.json")  # a file of Hugging Face's library `tokenizers`
 
 - Ranks are in the order the merges were made, so a smaller vocabulary is a prefix of a larger one, and is the
   vocabulary that training to that size would have given.
@@ -13,6 +14,7 @@ The tokenizer: 32,000 byte-level BPE ranks (nanocrystal.tiktoken, made by train.
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +46,13 @@ class TokenizerError(ValueError):
 
 def load(name="nanocrystal", vocab_size=None):
     """
-    The encoding `name`: "nanocrystal", cut to `vocab_size` ids (special ids included), or one of tiktoken's own.
-    Raises TokenizerError.
+    The encoding `name`: "nanocrystal", cut to `vocab_size` ids (special ids included), one of tiktoken's own, or the
+    path of a tokenizer.json. Raises TokenizerError.
     """
-    encoding = (
-        _shipped(VOCAB_SIZE if vocab_size is None else vocab_size) if name == "nanocrystal" else _from_tiktoken(name)
-    )
+    if name == "nanocrystal":
+        encoding = _shipped(VOCAB_SIZE if vocab_size is None else vocab_size)
+    else:
+        encoding = FileEncoding(name) if name.endswith(".json") else _from_tiktoken(name)
     if vocab_size not in (None, encoding.n_vocab):
         raise TokenizerError(
             f"{name} has {encoding.n_vocab} ids; vocab_size={vocab_size} is possible with nanocrystal only"
@@ -60,6 +63,11 @@ def load(name="nanocrystal", vocab_size=None):
 def eot(encoding):
     """The id that ends every document."""
     return encoding.encode_single_token("<|endoftext|>")
+
+
+def start(encoding):
+    """The id that a document begins after: the one that ended the document before, unless the encoding has its own."""
+    return getattr(encoding, "start", eot(encoding))
 
 
 def digest(encoding):
@@ -73,7 +81,87 @@ def byte_lengths(encoding):
     return np.array([len(token) for token in _token_bytes(encoding)], dtype=np.uint16)
 
 
+def byte_characters():
+    """The character that stands for each byte in byte-level vocabularies that are kept as text: itself where it can be
+    seen, else one from U+0100 on (GPT-2)."""
+    seen, characters = {*range(33, 127), *range(161, 173), *range(174, 256)}, []
+    for byte in range(256):
+        characters.append(chr(byte if byte in seen else 256 + byte - sum(b in seen for b in range(byte))))
+    return characters
+
+
+class FileEncoding:
+    """A tokenizer.json, run by the library `tokenizers`, with what is used here of tiktoken.Encoding's interface.
+
+    Byte-level BPE (GPT-2, Llama 3) and SentencePiece's BPE with bytes for rare characters (Llama 2, Crystal). What its
+    text calls </s> or <|end_of_text|> is <|endoftext|> here. Raises TokenizerError.
+    """
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise TokenizerError(f"{path} needs a library: pip install tokenizers") from None
+        try:
+            library = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises this very class
+            raise TokenizerError(f"{path}: {error}") from None
+        library.encode_special_tokens = True  # text that spells a special token stays text
+        self.name, self.library, self._pat_str = str(path), library, library.to_str()
+        vocabulary, self.n_vocab = library.get_vocab(), max(library.get_vocab().values()) + 1
+        self._special_tokens = {t.content: i for i, t in library.get_added_tokens_decoder().items() if t.special}
+        ends = [name for name in ("<|endoftext|>", "</s>", "<|end_of_text|>") if name in self._special_tokens]
+        if not ends or self.n_vocab > 1 << 16:
+            why = f"{self.n_vocab:,} ids, more than uint16 holds" if ends else "no end of text among its special tokens"
+            raise TokenizerError(f"{path} has {why}")
+        self._special_tokens["<|endoftext|>"] = self._special_tokens[ends[0]]
+        self.special_tokens_set = set(self._special_tokens)
+        added = library.encode("").ids  # what it puts before a text
+        self.start = added[0] if added else self._special_tokens["<|endoftext|>"]
+        self.byte_level = {c: byte for byte, c in enumerate(byte_characters())} if "ByteLevel" in self._pat_str else {}
+        self.token_bytes = [b""] * self.n_vocab
+        for token, i in vocabulary.items():
+            if i not in self._special_tokens.values():
+                self.token_bytes[i] = self._bytes_of(token)
+
+    def _bytes_of(self, token):
+        if self.byte_level and all(c in self.byte_level for c in token):
+            return bytes(self.byte_level[c] for c in token)
+        if len(token) == 6 and token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
+
+    def encode_ordinary(self, text):
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def encode_single_token(self, name):
+        return self._special_tokens[name]
+
+    def decode_single_token_bytes(self, token):
+        return self.token_bytes[token]
+
+    def decode(self, tokens, errors="replace"):
+        return b"".join(self.token_bytes[token] for token in tokens).decode(errors=errors)
+
+    def _encode_single_piece(self, piece):
+        """Ids of bytes that may begin and end inside characters, without what goes before a text."""
+        if self.byte_level:
+            return [t.id for t in self.library.model.tokenize("".join(byte_characters()[byte] for byte in piece))]
+        ids = []
+        for part in re.split("([\udc80-\udcff])", piece.decode(errors="surrogateescape").replace(" ", "▁")):
+            if part and "\udc80" <= part <= "\udcff":
+                ids.append(self.library.token_to_id(f"<0x{ord(part) & 0xFF:02X}>"))
+            else:
+                ids += [t.id for t in self.library.model.tokenize(part)]
+        return ids
+
+
 def _token_bytes(encoding):
+    if isinstance(encoding, FileEncoding):
+        return encoding.token_bytes
     tokens = [b""] * encoding.n_vocab
     for token, rank in encoding._mergeable_ranks.items():
         tokens[rank] = token
