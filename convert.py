@@ -21,8 +21,10 @@ import dataclasses
 import itertools
 import json
 import mmap
+import pickle
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -47,7 +49,8 @@ CRYSTAL = {  # GPT-2's names and transposed matrices; silu is on the second of t
     "mlp_out": ["mlp.c_proj"],
 }  # fmt: skip
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # tables that older releases hold
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
 class ConvertError(ValueError):
@@ -154,19 +157,19 @@ def parts(token, ranks):
     return pieces
 
 
-def write_safetensors(path, tensors, dtype):
-    """Eight bytes with the length of a JSON header, the header, the tensors one after another."""
+def write_safetensors(path, tensors, dtype=None):
+    """Eight bytes with the length of a JSON header, the header, the tensors one after another, in `dtype` or theirs."""
     names, header, at = {kind: name for name, kind in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        end = at + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        end = at + tensor.numel() * (dtype or tensor.dtype).itemsize
+        header[name] = {"dtype": names[dtype or tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            f.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy())
+            f.write(tensor.to(dtype or tensor.dtype).contiguous().view(torch.uint8).numpy())
     checkpoint.sync(path)
 
 
@@ -270,6 +273,10 @@ def from_hugging_face(folder):
             continue
         if lacking := [one for one in theirs if one not in found]:
             raise ConvertError(f"{folder} has no {lacking[0]}")
+        if quantized := [one for one in theirs if not found[one].is_floating_point()]:
+            raise ConvertError(
+                f"{folder}: {quantized[0]} is in {found[quantized[0]].dtype}: quantized weights do not fit"
+            )
         pieces = [found[one].float() for one in theirs]
         if layout is CRYSTAL and p.dim() == 2 and part not in ("wte", "head"):
             pieces = [piece.T for piece in pieces]
@@ -303,13 +310,16 @@ def read_weights(folder):
 
 
 def read_bin(path):
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConvertError(f"{path} is damaged, or holds more than tensors ({type(error).__name__})") from None
 
 
 def read_safetensors(path):
-    with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         begin, found = 8 + int.from_bytes(data[:8], "little"), {}
         for name, about in json.loads(data[8:begin]).items():
             if name != "__metadata__":
@@ -318,7 +328,7 @@ def read_safetensors(path):
                 flat = torch.frombuffer(data, dtype=dtype, count=(end - at) // dtype.itemsize, offset=begin + at)
                 found[name] = flat.view(about["shape"])
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ConvertError(f"{path} is damaged, or holds what is no floating-point tensor: {error}") from None
+        raise ConvertError(f"{path} is damaged, or of a newer format: {error!r}") from None
     return found
 
 

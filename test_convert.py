@@ -304,7 +304,7 @@ def llama_folder(folder, weights=None, **changes):
     (folder / "config.json").write_text(json.dumps(config))
     files = {"model-00001-of-00002.safetensors": [*made][::2], "model-00002-of-00002.safetensors": [*made][1::2]}
     for name, keys in files.items():
-        convert.write_safetensors(folder / name, {key: made[key] for key in keys}, torch.float32)
+        convert.write_safetensors(folder / name, {key: made[key] for key in keys})
     index = {"weight_map": {key: name for name, keys in files.items() for key in keys}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return config, {name: tensor.double() for name, tensor in made.items()}
@@ -334,6 +334,7 @@ def test_a_llama_with_shared_keys_comes_in(tokens, tmp_path):
         (llama_folder, {"weights": {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}}, "q_norm.weight"),
         (llama_folder, {"weights": {"model.layers.1.mlp.up_proj.weight": None}}, "has no model.layers.1.mlp.up_proj"),
         (llama_folder, {"weights": {"model.norm.weight": torch.ones(63)}}, "model.norm.weight is (63,)"),
+        (llama_folder, {"weights": {"model.norm.weight": torch.ones(64).to(torch.int8)}}, "quantized"),
         (llama_folder, {"hidden_size": None}, "config.json"),
     ],
 )
@@ -360,10 +361,13 @@ def test_models_that_no_class_computes_are_refused(knobs, word, tmp_path, capsys
 
 def test_damaged_files_and_existing_folders_are_named(tmp_path):
     llama_folder(tmp_path / "llama")
-    part = tmp_path / "llama/model-00002-of-00002.safetensors"
-    part.write_bytes(part.read_bytes()[:-100])
-    done = run("convert.py", tmp_path / "llama", tmp_path / "out")
-    assert done.returncode == 2 and f"{part} is damaged" in done.stderr and done.stderr.count("\n") == 1
+    crystal_folder(tmp_path / "crystal")
+    for name, part in ("llama", "model-00002-of-00002.safetensors"), ("crystal", "pytorch_model-00002-of-00002.bin"):
+        path = tmp_path / name / part
+        for size in (path.stat().st_size - 100, 1000, 0):
+            path.write_bytes(path.read_bytes()[:size])
+            done = run("convert.py", tmp_path / name, tmp_path / "out")
+            assert done.returncode == 2 and f"{path} is damaged" in done.stderr and done.stderr.count("\n") == 1
     done = run("convert.py", tmp_path / "llama", tmp_path)
     assert done.returncode == 2 and "exists; name a new folder" in done.stderr
     done = run("convert.py", tmp_path / "nothing", tmp_path / "out")
@@ -476,6 +480,10 @@ def test_a_sentencepiece_tokenizer_is_read(tmp_path):
     (tmp_path / "llama/tokenizer.json").write_text(json.dumps(whole))
     assert convert.main([str(tmp_path / "llama"), str(tmp_path / "out")]) == 0
     (tmp_path / "out").rename(tmp_path / "elsewhere")  # it takes its tokenizer along
-    (tmp_path / "llama/tokenizer.json").unlink()
     _, found, _ = load_model(tmp_path / "elsewhere")
     assert tokenizer.digest(found) == tokenizer.digest(encoding)
+    file = tmp_path / "elsewhere/tokenizer.json"
+    done = run("prepare.py", f"code={ROOT / 'mix.py'}", f"--out={tmp_path / 'data'}", f"--tokenizer={file}", "--val=0")
+    assert done.returncode == 0, done.stderr
+    ids = np.fromfile(tmp_path / "data/code/train-00000.bin", np.uint16)
+    assert ids.tolist() == [*encoding.encode_ordinary((ROOT / "mix.py").read_text()), 2]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -271,7 +272,7 @@ def test_training_scores_tasks_as_eval_does_and_as_on_one_process(phases, tmp_pa
     assert compared.returncode == 0 and "+0.0000  [+0.0000, +0.0000]  n 12" in compared.stdout
 
 
-def test_held_out_parts_have_the_bits_that_training_logged(phases, tmp_path):
+def test_held_out_parts_have_the_bits_that_training_logged(phases, data, tmp_path):
     assert train.main(phases("a", share=0.1, objective="{'code': 'fim(0.5)'}")) == 0
     logged = [r["val"] for r in losses(tmp_path / "out", "a") if "val" in r][-1]
     windows = logged["code"]["tokens"] // 32
@@ -284,6 +285,11 @@ def test_held_out_parts_have_the_bits_that_training_logged(phases, tmp_path):
     assert {"stops", "exact"} <= tasks["code_spans"]["scores"].keys()
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert len(lines) == sum(task["n"] for task in tasks.values())
+    shutil.copytree(data, tmp_path / "other")
+    record = tmp_path / "other/text/meta.json"
+    record.write_text(record.read_text().replace(tokenizer.digest(ENCODING), "0" * 64))
+    done = run("eval.py", tmp_path / "out/a", f"--sources={tmp_path / 'other'}", "--fresh")
+    assert done.returncode == 2 and "ids of another tokenizer" in done.stderr
 
 
 def test_code_is_written_cut_and_run(model, tmp_path, monkeypatch):

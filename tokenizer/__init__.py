@@ -107,7 +107,7 @@ class FileEncoding:
         except Exception as error:  # the library raises this very class
             raise TokenizerError(f"{path}: {error}") from None
         library.encode_special_tokens = True  # text that spells a special token stays text
-        self.name, self.library, self._pat_str = str(path), library, library.to_str()
+        self.name, self.library, self._pat_str = str(path), library, Path(path).read_text()
         vocabulary, self.n_vocab = library.get_vocab(), max(library.get_vocab().values()) + 1
         self._special_tokens = {t.content: i for i, t in library.get_added_tokens_decoder().items() if t.special}
         ends = [name for name in ("<|endoftext|>", "</s>", "<|end_of_text|>") if name in self._special_tokens]
