@@ -384,12 +384,17 @@ def fill_holes(task, model, vocabulary, layout, args):
     """Measures of an infill task that need answers: "stops", whether the model ended its answer by itself, "exact",
     whether that is what stood there but for white space around it; and the programs, [[program], ...], if there are
     tests."""
-    generator, made, programs = torch.Generator(args.device).manual_seed(args.seed), collections.defaultdict(list), []
-    for e in task.examples:
-        answer, stopped = fill(
-            model, vocabulary, e["prompt"], e["suffix"], layout, args.max_new_tokens, not args.no_healing,
-            temperature=or_else(args.temperature, 1.0), top_p=or_else(args.top_p, 1.0), generator=generator,
-        )  # fmt: skip
+    generator, made = torch.Generator(args.device).manual_seed(args.seed), collections.defaultdict(list)
+    how = {"temperature": or_else(args.temperature, 1.0), "top_p": or_else(args.top_p, 1.0), "generator": generator}
+    holes, filled = [(e["prompt"], e["suffix"]) for e in task.examples], {}
+    order = sorted(range(len(holes)), key=lambda i: sum(map(len, holes[i])))
+    for at in range(0, len(order), 64):
+        some = [holes[i] for i in order[at : at + 64]]
+        answers = fill(model, vocabulary, some, layout, args.max_new_tokens, not args.no_healing, **how)
+        filled |= zip(order[at : at + 64], answers, strict=True)
+    programs = []
+    for i, e in enumerate(task.examples):
+        answer, stopped = filled[i]
         text = answer.decode(errors="replace")
         made["stops"].append(float(stopped))
         made["exact"].append(float(stopped and text.strip() == e["answer"].strip()))

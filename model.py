@@ -220,13 +220,11 @@ class GPT(nn.Module):
         that have come to `stop`, until all have or max_new_tokens.
 
         temperature 0 takes the likeliest token. top_p keeps the smallest set of tokens that holds that much probability
-        (nucleus sampling, arXiv 1904.09751). allow, for one prompt: function of the ids made so far to what may come
-        next, bool (vocab_real,), or None for anything. Contexts that outgrow block_size are re-read from their later
-        half.
+        (nucleus sampling, arXiv 1904.09751). allow: for every prompt a function of the ids made for it so far to what
+        may come next, bool (vocab_real,), or None for anything. Contexts that outgrow block_size are re-read from their
+        later half.
         """
-        if allow and len(prompts) > 1:
-            raise ValueError("allow goes with one prompt")
-        texts, made, over, cache = [[*prompt] for prompt in prompts], [], [False] * len(prompts), None
+        texts, over, cache = [[*prompt] for prompt in prompts], [False] * len(prompts), None
         length, device = self.config.block_size, self.wte.weight.device
         for _ in range(max_new_tokens):
             if cache is None or cache.used == length:
@@ -238,8 +236,9 @@ class GPT(nn.Module):
                 even = not padding.any()
             where = {} if even else self.after_padding(padding, cache.used, cache.used + fresh.shape[1])
             logits = self.logits(self.hidden(fresh, cache, **where)[:, -1])
-            if allow and (allowed := allow(made)) is not None:
-                logits[:, ~allowed.to(device)] = float("-inf")
+            for row, rule in enumerate(allow or ()):
+                if (allowed := rule(texts[row][len(prompts[row]) :])) is not None:
+                    logits[row, ~allowed.to(device)] = float("-inf")
             fresh = sample(logits, temperature, top_p, generator)
             ids = fresh[:, 0].tolist()
             over = [done or token == stop for done, token in zip(over, ids, strict=True)]
@@ -247,7 +246,6 @@ class GPT(nn.Module):
                 return
             for text, token in zip(texts, ids, strict=True):
                 text.append(token)
-            made.append(ids[0])
             yield [None if done else token for done, token in zip(over, ids, strict=True)]
 
     def after_padding(self, padding, begin, end):

@@ -43,23 +43,29 @@ def complete(model, encoding, prompt, **how):
     yield decoder.decode(b"", final=True)
 
 
-def fill(model, vocabulary, before, after, layout, max_new_tokens, heal=True, **how):
-    """What stands between two texts -> (UTF-8 bytes, whether the end came). `how` goes to GPT.generate.
+def fill(model, vocabulary, holes, layout, max_new_tokens, heal=True, **how):
+    """What stands in holes, [(text before, text after), ...] -> [(UTF-8 bytes, whether the end came), ...], found side
+    by side. `how` goes to GPT.generate.
 
-    layout: of infill.LAYOUTS. heal: leave the last token of `before` to the model, which may only spell it again or
-    go on from inside it, because the text may stop where no token would end. What has no room in the context with
-    max_new_tokens, or half of it, for the answer is left out: the beginning of `before`, the end of `after`.
+    layout: of infill.LAYOUTS. heal: leave the last token before a hole to the model, which may only spell it again or
+    go on from inside it, because the text may stop where no token would end. An answer has at most max_new_tokens or
+    half the context; what has then no room is left out: the beginning of what is before, the end of what is after.
     """
-    room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2) - 5  # sentinels of any layout
-    head, tail = (np.array(vocabulary.encoding.encode_ordinary(text), np.uint16) for text in (before, after))
-    head, tail = trim(head, tail, room)
-    rest = vocabulary.token_bytes[head[-1]] if heal and len(head) else b""
-    ids = infill.prompt(head[: len(head) - bool(rest)], tail, layout, vocabulary)
+    most = min(max_new_tokens, model.config.block_size // 2)
+    prompts, rests = [], []
+    for around in holes:
+        head, tail = (np.array(vocabulary.encoding.encode_ordinary(text), np.uint16) for text in around)
+        head, tail = trim(head, tail, model.config.block_size - most - 5)  # sentinels of any layout
+        rests.append(vocabulary.token_bytes[head[-1]] if heal and len(head) else b"")
+        prompts.append(infill.prompt(head[: len(head) - bool(rests[-1])], tail, layout, vocabulary).tolist())
     stop = vocabulary.eom if layout == "codegen2" else vocabulary.eot
-    most = min(max_new_tokens, model.config.block_size - len(ids))
-    steps = model.generate([ids.tolist()], most, stop=stop, allow=spelling(rest, vocabulary.token_bytes), **how)
-    made = [token for (token,) in steps]
-    return b"".join(vocabulary.token_bytes[token] for token in made)[len(rest) :], len(made) < most
+    rules, answers = [spelling(rest, vocabulary.token_bytes) for rest in rests], [[] for _ in holes]
+    for tokens in model.generate(prompts, most, stop=stop, allow=rules, **how):
+        for answer, token in zip(answers, tokens, strict=True):
+            if token is not None:
+                answer.append(token)
+    spelt = [b"".join(vocabulary.token_bytes[token] for token in answer) for answer in answers]
+    return [(text[len(rest) :], len(ids) < most) for text, rest, ids in zip(spelt, rests, answers, strict=True)]
 
 
 def trim(head, tail, room):
@@ -69,7 +75,7 @@ def trim(head, tail, room):
 
 
 def spelling(rest, token_bytes):
-    """For GPT.generate: at first allows only tokens that spell `rest` or a part of it, or that begin with it."""
+    """A rule for GPT.generate: at first allows only tokens that spell `rest` or a part of it, or that begin with it."""
 
     def allow(made):
         left = rest[sum(len(token_bytes[token]) for token in made) :]
@@ -137,7 +143,7 @@ def main(argv):
         how = {"max_new_tokens": args.tokens, "temperature": args.temperature, "top_p": args.top_p}
         how["generator"] = generator
         if around:
-            middle, stopped = fill(model, vocabulary, *around, layout, heal=not args.no_healing, **how)
+            ((middle, stopped),) = fill(model, vocabulary, [around], layout, heal=not args.no_healing, **how)
             print(around[0] + middle.decode(errors="replace") + around[1], end="", flush=True)
             if not stopped:
                 print("\nsample.py: the answer was cut off before its end; try --tokens", file=sys.stderr)

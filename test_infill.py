@@ -743,13 +743,13 @@ def test_filling_stops_at_the_end_mark_of_the_layout():
     after = ENCODING.encode_ordinary(" + 1")
     for layout, stop in (("psm", V.eot), ("spm2", V.eot), ("codegen2", V.eom)):
         model = Scripted([300, 301, stop, 302])
-        answer, stopped = sample.fill(model, V, "x =", " + 1", layout, 20, heal=False, temperature=0)
+        ((answer, stopped),) = sample.fill(model, V, [("x =", " + 1")], layout, 20, heal=False, temperature=0)
         assert stopped and answer == V.token_bytes[300] + V.token_bytes[301]
         assert (
             model.read[:-2]
             == infill.prompt(np.array(ENCODING.encode_ordinary("x =")), np.array(after), layout, V).tolist()
         )
-    answer, stopped = sample.fill(Scripted([300] * 99), V, "x =", " + 1", "psm", 20, temperature=0, heal=False)
+    ((answer, stopped),) = sample.fill(Scripted([300] * 99), V, [("x =", " + 1")], "psm", 20, False, temperature=0)
     assert not stopped and answer == V.token_bytes[300] * 20
 
 
@@ -759,10 +759,11 @@ def test_healing_takes_the_last_token_back_and_spells_it_again():
     longer = next(i for i, word in enumerate(V.token_bytes) if word.startswith(last) and len(word) > len(last))
     for heal, first, answer in ((True, longer, V.token_bytes[longer][len(last) :]), (False, 300, V.token_bytes[300])):
         model = Scripted([first, 301, V.eot])
-        got = sample.fill(model, V, "f():\n ret", "\n", "psm", 20, heal=heal, temperature=0)
+        (got,) = sample.fill(model, V, [("f():\n ret", "\n")], "psm", 20, heal=heal, temperature=0)
         assert got == (answer + V.token_bytes[301], True)
         assert model.read[2 : model.read.index(V.suf)] == (before[:-1] if heal else before)
-    answer, stopped = sample.fill(Scripted([300] * 8 + [V.eot]), V, "f():\n ret", "\n", "psm", 20, temperature=0)
+    script = Scripted([300] * 8 + [V.eot])
+    ((answer, stopped),) = sample.fill(script, V, [("f():\n ret", "\n")], "psm", 20, temperature=0)
     assert (
         stopped and not V.token_bytes[300].startswith(last) and answer.endswith(V.token_bytes[300])
     )  # 300 had to wait
@@ -773,14 +774,24 @@ def test_healing_takes_the_last_token_back_and_spells_it_again():
     assert allow(ENCODING.encode_ordinary(" ret")) is None and allow(ENCODING.encode_ordinary(" return")) is None
 
 
+def test_holes_filled_side_by_side_get_the_answers_that_each_gets_alone():
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=V.ids.size)).eval()
+    init_weights(model, seed=3)
+    holes = [("def f(x):\n    ret", "\n"), ("", "x"), ("a b c " * 30, "d e f"), ("x = (1 + 2", ")\nprint(x)\n" * 9)]
+    for layout in ("psm", "spm2", "codegen2"):
+        together = sample.fill(model, V, holes, layout, 12, temperature=0)
+        assert together == [sample.fill(model, V, [hole], layout, 12, temperature=0)[0] for hole in holes]
+        assert len({answer for answer, _ in together}) > 1
+
+
 def test_what_has_no_room_is_left_out_at_the_outer_ends():
     before, after = "a b c d e f g h " * 20 + "LAST", "FIRST" + " h g f e d c b a" * 20
     model = Scripted([V.eot])
-    sample.fill(model, V, before, after, "psm", 200, heal=False, temperature=0)
+    sample.fill(model, V, [(before, after)], "psm", 200, heal=False, temperature=0)
     text = spelt(model.read).decode()
     assert len(model.read) <= 32 and "LASTFIRST" in text
     model = Scripted([V.eot])
-    sample.fill(model, V, "x", after, "psm", 200, heal=False, temperature=0)
+    sample.fill(model, V, [("x", after)], "psm", 200, heal=False, temperature=0)
     assert spelt(model.read).decode().startswith("xFIRST") and 28 < len(model.read) <= 32
 
 
