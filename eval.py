@@ -388,10 +388,10 @@ def fill_holes(task, model, vocabulary, layout, args):
     how = {"temperature": or_else(args.temperature, 1.0), "top_p": or_else(args.top_p, 1.0), "generator": generator}
     holes, filled = [(e["prompt"], e["suffix"]) for e in task.examples], {}
     order = sorted(range(len(holes)), key=lambda i: sum(map(len, holes[i])))
-    for at in range(0, len(order), 64):
-        some = [holes[i] for i in order[at : at + 64]]
+    for at in range(0, len(order), 16):  # few, because the longest around a hole leaves the least room for all answers
+        some = [holes[i] for i in order[at : at + 16]]
         answers = fill(model, vocabulary, some, layout, args.max_new_tokens, not args.no_healing, **how)
-        filled |= zip(order[at : at + 64], answers, strict=True)
+        filled |= zip(order[at : at + 16], answers, strict=True)
     programs = []
     for i, e in enumerate(task.examples):
         answer, stopped = filled[i]

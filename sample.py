@@ -48,16 +48,18 @@ def fill(model, vocabulary, holes, layout, max_new_tokens, heal=True, **how):
     by side. `how` goes to GPT.generate.
 
     layout: of infill.LAYOUTS. heal: leave the last token before a hole to the model, which may only spell it again or
-    go on from inside it, because the text may stop where no token would end. An answer has at most max_new_tokens or
-    half the context; what has then no room is left out: the beginning of what is before, the end of what is after.
+    go on from inside it, because the text may stop where no token would end. What has no room in the context with
+    max_new_tokens, or half of it, for the answer is left out: the beginning of what is before, the end of what is
+    after.
     """
-    most = min(max_new_tokens, model.config.block_size // 2)
+    room = model.config.block_size - min(max_new_tokens, model.config.block_size // 2) - 5  # sentinels of any layout
     prompts, rests = [], []
     for around in holes:
         head, tail = (np.array(vocabulary.encoding.encode_ordinary(text), np.uint16) for text in around)
-        head, tail = trim(head, tail, model.config.block_size - most - 5)  # sentinels of any layout
+        head, tail = trim(head, tail, room)
         rests.append(vocabulary.token_bytes[head[-1]] if heal and len(head) else b"")
         prompts.append(infill.prompt(head[: len(head) - bool(rests[-1])], tail, layout, vocabulary).tolist())
+    most = min(max_new_tokens, model.config.block_size - max(map(len, prompts)))
     stop = vocabulary.eom if layout == "codegen2" else vocabulary.eot
     rules, answers = [spelling(rest, vocabulary.token_bytes) for rest in rests], [[] for _ in holes]
     for tokens in model.generate(prompts, most, stop=stop, allow=rules, **how):
