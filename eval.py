@@ -607,7 +607,7 @@ def parse(argv):
     parser.add_argument("--data", type=Path, help="a folder of task files; default: held-out parts alone")
     parser.add_argument("--tasks", help="names or groups, with commas; quick, all, held_out; default held_out,quick")
     parser.add_argument("--limit", type=int, help="examples of each task, the first ones; of held-out windows 256")
-    parser.add_argument("--sources", type=Path, help="folder of prepared sources; default: what it was trained on")
+    parser.add_argument("--sources", type=Path, help="folder of prepared sources; default: those it was trained on")
     parser.add_argument("--layout", choices=infill.LAYOUTS, help="of holes; default: what was trained, else psm")
     parser.add_argument("--generate", action="store_true", help="fill holes too, and count what ends and what is exact")
     parser.add_argument("--run-code", action="store_true", help="run what the model writes, against its tests")
@@ -649,8 +649,10 @@ def load_results(path):
 def gather_tasks(args, model, state, vocabulary, layout):
     """The tasks that args.tasks names: held-out parts of the sources it was trained on, and those in --data."""
     folder, sources, own = Path(args.sources or state["config"]["data"]), [*state["config"]["mix"]], {}
-    if args.sources and not sources:  # weights from elsewhere
-        sources = sorted(record.parent.name for record in folder.glob("*/meta.json"))
+    if args.sources:
+        sources = sorted(
+            record.parent.name for record in folder.glob("*/*.*") if record.name in ("meta.json", "val.bin")
+        )
     names = args.tasks.split(",") if args.tasks else ["held_out"] * bool(sources) + ["quick"] * bool(args.data)
     if not names:
         raise EvalError("on what? say --data, a folder of task files, or --sources, one of prepared sources")

@@ -1,0 +1,429 @@
+"""What one change in the data does: many runs, one table, with seeds and intervals.
+
+    python study.py study/crystal.py --dry            # what it would cost, and what is there already
+    python study.py study/crystal.py                  # train and evaluate what is missing; then the table, the picture
+    python study.py study/crystal.py --budget=50M     # with any knob of train.py, for all its runs
+
+A study is a Python file that names variants, each a list of phases:
+
+    variants = {"three phases": ["config/phase1.py", "config/phase2.py"],
+                "no code": [("config/phase1.py", {"mix": {"text": 1.0}, "share": 0.9})]}
+    baseline = "no code"        # what the others are compared with
+    cooldown = "config/cool.py" # optional, a phase that every variant is continued with; tables without it come second
+    seeds = (1, 2, 3)           # of initialisation and of the order of the data
+    knobs = {"budget": "2M"}    # of all phases; the command line beats them
+    tasks = "quick,code_spans"  # of eval.py; those from files if --eval_tasks=FOLDER says where they are
+
+Variants that begin with the same phases share the runs of these. A run lives in OUT/<key>, its key made from all that
+decides its numbers: configuration, seed, data, the run before it. So the same command continues what was killed, runs
+nothing twice, also for other studies on the same folder, and after one number is changed trains what depends on it.
+Several processes, on one machine or many, may work on one folder: each takes a run that no other has.
+
+Every run is evaluated by eval.py on all prepared sources and on these tasks. Differences are paired by seed; intervals
+are Student's, 95%, over seeds: they say how far the mean over new seeds may be, not new data. One seed has none.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import infill
+import train
+from configurator import ConfigError, read_command_line
+from model import GPT, PRESETS
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5%, of 1 to 9 degrees of freedom
+WITHOUT_EFFECT = {  # knobs that do not change what a run's weights are; its data count by content
+    "data", "out", "init_from", "eval_every", "eval_tokens", "eval_tasks", "eval_examples", "save_every", "keep",
+    "log_every", "wandb", "epochs_max", "source_tokens", "timeout",
+}  # fmt: skip
+OWN = {"variants": None, "baseline": None, "cooldown": "", "seeds": (1, 2, 3), "knobs": {}, "tasks": "quick"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One phase of one variant with one seed, and what it begins from."""
+
+    key: str
+    path: str  # of the config file
+    knobs: tuple  # (("lr", "0.01"), ...) for the command line
+    parent: "Run | None"
+    steps: int
+    tokens: int  # trained here
+    flops: float
+
+    @property
+    def name(self):
+        return Path(self.path).stem
+
+    def folder(self, out):
+        return out / self.key / self.name
+
+    def line(self):
+        """This run and those before it, first to last."""
+        return [*(self.parent.line() if self.parent else []), self]
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def load_study(path):
+    """The names of OWN in a study file. ConfigError."""
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no study {path}")
+    found = {name: value for name, value in runpy.run_path(path).items() if not name.startswith("_")}
+    if unknown := [name for name in found if name not in OWN and not callable(found[name])]:
+        raise ConfigError(f"{path}: {unknown[0]} is none of {', '.join(OWN)}; begin names of your own with _")
+    study = OWN | {name: found[name] for name in OWN if name in found}
+    if not study["variants"] or study["baseline"] not in study["variants"]:
+        raise ConfigError(f"{path} needs variants, and a baseline that is one of them")
+    return study
+
+
+def plan(study, knobs):
+    """{(variant, seed): (its last Run, the same with the cooldown or None)}; equal runs are one object. ConfigError."""
+    made = {}
+
+    def run(parent, phase, seed):
+        path, own = (phase, {}) if isinstance(phase, str) else phase
+        all_knobs = {name: str(value) for name, value in (study["knobs"] | own | knobs | {"seed": seed}).items()}
+        argv = [path, *(f"--{name}={value}" for name, value in all_knobs.items())]
+        ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
+        decides = {name: value for name, value in asdict(cfg).items() if name not in WITHOUT_EFFECT}
+        data = {name: data_digest(Path(cfg.data) / name) for name in cfg.mix}
+        key = hashlib.sha256(json.dumps([parent and parent.key, Path(path).stem, decides, data]).encode()).hexdigest()[
+            :16
+        ]
+        if key not in made:
+            steps, *_ = train.phase_steps(path, cfg)
+            tokens = steps * cfg.batch
+            made[key] = Run(key, path, tuple(all_knobs.items()), parent, steps, tokens, tokens * flops_per_token(cfg))
+        return made[key]
+
+    ends = {}
+    for variant, phases in study["variants"].items():
+        for seed in study["seeds"]:
+            last = None
+            for phase in phases:
+                last = run(last, phase, seed)
+            ends[variant, seed] = last, run(last, study["cooldown"], seed) if study["cooldown"] else None
+    return ends
+
+
+def data_digest(folder):
+    try:
+        return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+    except OSError:
+        raise ConfigError(f"{folder} is not prepared; see prepare.py, or say --data=FOLDER") from None
+
+
+def flops_per_token(cfg):
+    vocabulary = json.loads((Path(cfg.data) / next(iter(cfg.mix)) / "meta.json").read_text())["tokenizer"]["vocab_size"]
+    with torch.device("meta"):
+        return GPT(train.model_config(cfg, vocabulary)).flops_per_token()
+
+
+def all_runs(ends):
+    """Every run once, those that others begin from first."""
+    return list(dict.fromkeys(run for pair in ends.values() for end in pair if end for run in end.line()))
+
+
+# ------------------------------------------------------------------------------------------------------------- the work
+
+
+class Stopped(Exception):
+    """A signal asked this process to end."""
+
+
+def results(run, out, evaluation):
+    """What a run was measured at, or None: what its evaluation was asked decides as well."""
+    try:
+        found = json.loads((out / run.key / "result.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if found["evaluation"] == evaluation else None
+
+
+@contextmanager
+def claimed(run, out):
+    """Whether this process has the run for itself; train.py and eval.py keep it if this process dies before them."""
+    (out / run.key).mkdir(parents=True, exist_ok=True)
+    with open(out / run.key / "claim", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield file
+
+
+class Worker:
+    """Runs commands, one after another, and passes signals on to the one that runs."""
+
+    def __init__(self):
+        self.process, self.signal = None, None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number, _):
+        self.signal = number
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def do(self, command, log, claim):
+        """Run a command of this project, its output to a file. Stopped; RuntimeError if it fails."""
+        if self.signal:
+            raise Stopped
+        with open(log, "ab") as file:
+            environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+            how = {"stdout": file, "stderr": subprocess.STDOUT, "pass_fds": [claim.fileno()], "env": environment}
+            self.process = subprocess.Popen([sys.executable, *command], start_new_session=True, **how)
+            code = self.process.wait()
+        if self.signal:
+            raise Stopped
+        if code:
+            said = Path(log).read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(f"{' '.join(command)}: exit code {code}: {said[-1] if said else ''}; all of it in {log}")
+
+
+def work(run, out, evaluation, worker, claim):
+    """Train and evaluate a run, or what is missing of it, and leave result.json."""
+    here, start = Path(__file__).parent, time.perf_counter()
+    before = [f"--init_from={run.parent.folder(out)}"] if run.parent else []
+    knobs = [f"--{name}={value}" for name, value in run.knobs]
+    command = [str(here / "train.py"), run.path, *knobs, f"--out={out / run.key}", "--keep=1", *before]
+    worker.do(command, out / run.key / "train.log", claim)
+    trained = time.perf_counter()
+    state = checkpoint.load_state(checkpoint.find(run.folder(out)))
+    if state["step"] != run.steps:
+        raise RuntimeError(
+            f"{run.folder(out)} is at step {state['step']} of {run.steps}; see {out / run.key}/train.log"
+        )
+    command = [str(here / "eval.py"), str(run.folder(out)), f"--out={out / run.key / 'eval.json'}"]
+    command += [f"--{name}={value}" for name, value in evaluation.items() if value]
+    worker.do(command, out / run.key / "eval.log", claim)
+    scores = json.loads((out / run.key / "eval.json").read_text())
+    made = {"evaluation": evaluation, "phase": run.name, "knobs": dict(run.knobs), "tokens": run.tokens,
+            "flops": run.flops, "seconds": [round(trained - start), round(time.perf_counter() - trained)],
+            "measures": measures(scores)}  # fmt: skip
+    checkpoint.write_json(out / run.key / "result.json", made)
+
+
+def measures(scores):
+    """A result file of eval.py -> {measure: value}: bits per byte of every source and of right answers, and accuracies
+    between 0 for chance and 1, of every group of tasks."""
+    made = {
+        name: task["scores"]["bpb"]["mean"] for name, task in scores["tasks"].items() if task["group"] == "held out"
+    }
+    for name, group in scores["groups"].items():
+        if name != "held out":
+            made[f"{name} answers"] = group["bpb"]
+            if "acc" in group:
+                made[f"{name} acc"] = group["acc"]
+    return made
+
+
+def carry_out(runs, out, evaluation):
+    """Do what is missing, beside other processes that do the same; until all is done. Stopped, RuntimeError."""
+    worker = Worker()
+    while todo := [run for run in runs if not results(run, out, evaluation)]:
+        ready = [run for run in todo if not (run.parent and run.parent in todo)]
+        for run in ready:
+            with claimed(run, out) as claim:
+                if claim and not results(run, out, evaluation):
+                    print(f"{run.key}  {len(todo):>3} left  {run.name}  {dict(run.knobs)}", flush=True)
+                    work(run, out, evaluation, worker, claim)
+                    break
+        else:
+            if worker.signal:
+                raise Stopped
+            time.sleep(2)  # others are at it
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def mean_interval(values):
+    """(mean, half of the 95% interval of Student's t, nan for one value)."""
+    values = np.array(values, float)
+    if len(values) < 2:
+        return values.mean(), math.nan
+    t = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
+    return values.mean(), t * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def compare(study, ends, which, found):
+    """{measure: {variant: ((mean, half interval) of its values, (..) of its differences from the baseline, or None if
+    it is the baseline)}}, over the seeds at which both are there. which: 0 as trained, 1 after the cooldown. found:
+    {key: measures}."""
+    made = {}
+    values = {place: found[pair[which].key] for place, pair in ends.items() if pair[which] and pair[which].key in found}
+    names = list(dict.fromkeys(name for one in values.values() for name in one))
+    for name in names:
+        for variant in study["variants"]:
+            seeds = [s for s in study["seeds"] if name in values.get((variant, s), {})
+                     and name in values.get((study["baseline"], s), {})]  # fmt: skip
+            if seeds:
+                mine, base = ([values[v, s][name] for s in seeds] for v in (variant, study["baseline"]))
+                difference = None if variant == study["baseline"] else mean_interval(np.subtract(mine, base))
+                made.setdefault(name, {})[variant] = mean_interval(mine), difference
+    return made
+
+
+def print_table(table, study, ends, which):
+    """One line a variant: tokens, compute, then every measure's difference from the baseline, * if its interval is
+    clear of zero."""
+    width = max(12, *map(len, study["variants"])) + 1
+    print(f"{'':{width}}{'tokens':>9}{'FLOPs':>10}  " + "".join(f"{name:>22}" for name in table))
+    for variant in study["variants"]:
+        line = ends[variant, study["seeds"][0]][which].line()
+        text = (
+            f"{variant:{width}}{train.si(sum(r.tokens for r in line)):>9}{train.si(sum(r.flops for r in line)):>10}  "
+        )
+        for measure in table:
+            if variant not in table[measure]:
+                text += f"{'-':>22}"
+                continue
+            (mean, half), difference = table[measure][variant]
+            if difference:
+                mean, half = difference
+            sure = "*" if difference and abs(mean) > half else " "
+            around = f" ±{half:.4f}" if half == half else " " * 8
+            text += f"{mean:{'+' if difference else ''}.4f}{around}{sure}".rjust(22)
+        print(text)
+
+
+def plot(tables, study, to):
+    """Differences from the baseline with their intervals: a panel a measure, a row a variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(next(iter(tables.values())))
+    others = [variant for variant in study["variants"] if variant != study["baseline"]]
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    size = (2 + 2.6 * columns, (0.6 + 0.3 * len(others)) * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        for shift, (label, table) in enumerate(tables.items()):
+            for y, variant in enumerate(others):
+                if variant in table.get(name, {}):
+                    mean, half = table[name][variant][1]
+                    where, colour = y + 0.2 * shift, f"C{shift}"
+                    half = 0 if half != half else half
+                    how = {"color": colour, "label": None if y else label, "fmt": "o", "markersize": 4}
+                    axis.errorbar(mean, where, xerr=half, **how)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=name, yticks=range(len(others)), yticklabels=others)
+        axis.tick_params(labelsize=8)
+    axes[0, 0].invert_yaxis()
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    if len(tables) > 1:
+        axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"difference from {study['baseline']}, 95% over {len(study['seeds'])} seeds")
+    figure.savefig(to, dpi=120)
+
+
+def show(study, ends, out, evaluation, to):
+    """Print the tables of what is there, matched cooldown first; write them with the picture as `to`.json and .png."""
+    found = {run.key: one["measures"] for run in all_runs(ends) if (one := results(run, out, evaluation))}
+    titles = {1: "after the same cooldown", 0: "as trained, without it" if study["cooldown"] else "as trained"}
+    tables = {titles[w]: compare(study, ends, w, found) for w in (1, 0) if w == 0 or study["cooldown"]}
+    tables = {title: table for title, table in tables.items() if table}
+    for title, table in tables.items():
+        which = next(w for w in titles if titles[w] == title)
+        print(f"\n{title}: {study['baseline']}, and how far the others are from it; {len(study['seeds'])} seeds")
+        print_table(table, study, ends, which)
+    if tables:
+        print("\nbits per byte of held-out sources and of right answers: less is better; acc, 0 chance to 1: more")
+        print("* the 95% interval over seeds, paired, is clear of zero; of 20 such marks one is expected by chance")
+        checkpoint.write_json(to.with_suffix(".json"), {"study": {k: study[k] for k in OWN}, "tables": tables})
+        try:
+            plot(tables, study, to.with_suffix(".png"))
+        except ImportError:
+            print("no picture: pip install matplotlib")
+
+
+def show_cost(study, ends, out, evaluation):
+    runs, done = all_runs(ends), {}
+    for run in runs:
+        if one := results(run, out, evaluation):
+            done[run] = one
+    for variant in study["variants"]:
+        last = ends[variant, study["seeds"][0]][1] or ends[variant, study["seeds"][0]][0]
+        phases = " -> ".join(f"{run.name} {train.si(run.tokens)}" for run in last.line())
+        print(f"{variant:<24} {phases}")
+    alone = sum(run.tokens for pair in ends.values() for run in (pair[1] or pair[0]).line())
+    tokens, flops = sum(run.tokens for run in runs), sum(run.flops for run in runs)
+    print(
+        f"{len(study['seeds'])} seeds: {len(runs)} runs, {train.si(tokens)} tokens ({train.si(alone)} if nothing were"
+        f" shared), {train.si(flops)}FLOP; {len(done)} runs done"
+    )
+    if done:
+        rate = sum(one["flops"] for one in done.values()) / max(1, sum(one["seconds"][0] for one in done.values()))
+        each = sum(one["seconds"][1] for one in done.values()) / len(done)
+        left = [run for run in runs if run not in done]
+        print(
+            f"left: {train.clock(sum(run.flops for run in left) / rate + each * len(left))} at the rate of those done"
+        )
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help="a study file")
+    parser.add_argument("--dry", action="store_true", help="say what it costs and what is done; do nothing")
+    parser.add_argument("--table", action="store_true", help="print what is there; do nothing")
+    parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of runs, shared by all studies")
+    parser.add_argument("--eval_tasks", default="", help="folder of task files; default: held-out parts alone")
+    parser.add_argument("--eval_examples", type=int, default=200, help="of each task; of held-out windows as many")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        known = {field.name for field in fields(train.Config)}
+        knobs = dict(argument.removeprefix("--").partition("=")[::2] for argument in rest)
+        if strange := [name for name in knobs if name not in known]:
+            raise ConfigError(f"{strange[0]} is neither an option of study.py nor a knob of train.py")
+        study = load_study(args.study)
+        ends = plan(study, knobs)
+        data = knobs.get("data") or study["knobs"].get("data", train.Config.data)
+        tasks = sorted(record.parent.name for record in Path(data).glob("*/meta.json"))  # their held-out parts
+        held_out = ("_spans", "_lines")  # holes in those
+        tasks += [name for name in study["tasks"].split(",") if args.eval_tasks or name.endswith(held_out)]
+        evaluation = {"sources": data, "data": args.eval_tasks, "tasks": ",".join(tasks), "limit": args.eval_examples}
+        if args.dry:
+            show_cost(study, ends, args.out, evaluation)
+            return 0
+        if not args.table:
+            carry_out(all_runs(ends), args.out, evaluation)
+    except ConfigError as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        return 1
+    except Stopped:
+        print("stopped; the same command continues")
+        return 0
+    show(study, ends, args.out, evaluation, args.out / Path(args.study).stem)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,36 @@
+"""Crystal: is the order of its data worth anything? All variants have its tokens and its learning-rate curve.
+
+python study.py study/crystal.py --data=FOLDER --eval_tasks=FOLDER
+"""
+
+_P1, _P2, _P3 = (f"config/phase{n}.py" for n in (1, 2, 3))
+_shares = (0.2477, 0.6661, 0.0862)  # of the tokens
+_code = (0.05, 0.63, 0.83)  # of each phase
+
+
+def _mix(code):
+    return {"mix": {"text": round(1 - code, 6), "code": round(code, 6)}}
+
+
+def _line(at):
+    """Phases 1 and 2 are one line from the peak to 1.14% of it: its value after a share of the tokens."""
+    return 1 - (1 - 0.0114) * at / (_shares[0] + _shares[1])
+
+
+_average = _mix(sum(s * c for s, c in zip(_shares, _code, strict=True)))
+_peak = 0.006
+_swap = _peak * _line(_shares[1])
+
+variants = {
+    "uniform": [(_P1, _average), (_P2, _average), (_P3, _average)],
+    "Crystal": [_P1, _P2, _P3],
+    "code first": [  # phases 1 and 2 change places, the rate stays on its line
+        (_P2, {"lr": _peak, "lr_end": _swap, "warmup": 0.1}),
+        (_P1, {"lr": _swap, "lr_end": 0.0114 * _peak, "warmup": 0.02}),
+        _P3,
+    ],
+    "phase 2 goes on": [_P1, _P2, (_P3, _mix(_code[1]) | {"objective": {"code": "fim(0.9)"}})],
+    "no re-warming": [_P1, _P2, (_P3, {"lr": 0.0114 * _peak, "lr_end": 0.0114 * _peak / 10, "warmup": 0})],
+    "no code": [(path, {"mix": {"text": 1.0}, "objective": {}}) for path in (_P1, _P2, _P3)],
+}
+baseline = "uniform"

@@ -1,0 +1,166 @@
+"""What study.py promises: nothing is trained twice or lost, and the table is what the runs' results give."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+import study
+import train
+from conftest import ROOT, run, write_phases
+
+STUDY = """
+variants = {{
+    "both": ["{0}/a.py", "{0}/b.py"],
+    "text": ["{0}/a.py", ("{0}/b.py", {{"mix": {{"text": 1.0}}}})],
+    "alone": [("{0}/b.py", {{"lr": 0.02}})],
+}}
+baseline = "both"
+seeds = (1, 2)
+knobs = {{"data": "{1}", "share": 0.1}}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, data):
+    write_phases(tmp_path, data)
+    (tmp_path / "tiny.py").write_text(STUDY.format(tmp_path, data))
+    return tmp_path / "tiny.py"
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Commands run in this process, which is faster; the list of them."""
+    done = []
+
+    def do(self, command, log, claim):
+        done.append(command)
+        assert {"train.py": train.main, "eval.py": evaluation.main}[Path(command[0]).name](command[1:]) == 0
+
+    monkeypatch.setattr(study.Worker, "do", do)
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+    return done
+
+
+def keys(ends):
+    return {place: [one.key for one in pair[0].line()] for place, pair in ends.items()}
+
+
+def test_variants_share_what_they_begin_with_and_nothing_that_differs(tiny, data, tmp_path):
+    plan = keys(study.plan(study.load_study(tiny), {}))
+    assert len({key for line in plan.values() for key in line}) == 8  # a, b, text's b, alone's b, with two seeds
+    for seed in (1, 2):
+        assert plan["both", seed][0] == plan["text", seed][0] and plan["both", seed][1] != plan["text", seed][1]
+    assert not {*plan["both", 1]} & {*plan["both", 2]}
+    assert keys(study.plan(study.load_study(tiny), {"log_every": "7", "eval_every": "9", "out": "x"})) == plan
+    other = keys(study.plan(study.load_study(tiny), {"clip": "0.5"}))
+    assert not {k for line in other.values() for k in line} & {k for line in plan.values() for k in line}
+    text = tiny.read_text()
+    tiny.write_text(text.replace('"text": 1.0', '"text": 0.9, "code": 0.1'))
+    changed = keys(study.plan(study.load_study(tiny), {}))
+    assert [place for place in plan if plan[place] != changed[place]] == [("text", 1), ("text", 2)]
+    tiny.write_text(text + f'cooldown = ("{tmp_path}/c.py", {{"lr_end": 0.0}})\n')
+    ends = study.plan(study.load_study(tiny), {})
+    assert keys(ends) == plan
+    assert all(cold.parent is warm and cold.name == "c" for warm, cold in ends.values())
+
+
+def test_a_study_trains_once_and_its_table_is_that_of_the_runs(tiny, inside, data, tmp_path, capsys):
+    command = [str(tiny), f"--out={tmp_path / 'runs'}", "--eval_examples=9"]
+    assert study.main([*command, "--dry"]) == 0
+    assert "8 runs" in capsys.readouterr().out and not inside
+    assert study.main(command) == 0
+    trained = [c for c in inside if c[0].endswith("train.py")]
+    assert len(trained) == len(inside) / 2 == 8
+    said = capsys.readouterr().out
+    inside.clear()
+    assert study.main(command) == 0 and not inside
+    again = capsys.readouterr().out
+    assert said.endswith(again) and "both" in again
+    ends = study.plan(study.load_study(tiny), {})
+    bits = {}
+    for place, (last, _) in ends.items():
+        scores = json.loads((tmp_path / "runs" / last.key / "eval.json").read_text())["tasks"]
+        assert scores.keys() == {"text", "code"}  # both sources, whatever was trained on
+        bits[place] = scores["code"]["scores"]["bpb"]["mean"]
+    table = json.loads((tmp_path / "runs/tiny.json").read_text())["tables"]["as trained"]["code"]
+    assert (
+        table["both"][0][0] == pytest.approx(np.mean([bits["both", 1], bits["both", 2]])) and table["both"][1] is None
+    )
+    d = [bits["text", s] - bits["both", s] for s in (1, 2)]
+    assert table["text"][1] == pytest.approx([np.mean(d), 12.706 * abs(d[0] - d[1]) / 2])
+    last = ends["both", 1][0]
+    logged = [json.loads(line) for line in (last.folder(tmp_path / "runs") / "log.jsonl").read_text().splitlines()]
+    assert logged[-1]["tokens"] == sum(one.tokens for one in last.line())
+    assert study.main([*command, "--eval_examples=5"]) == 0
+    assert len([c for c in inside if c[0].endswith("eval.py")]) == 8  # asked for less, evaluated again
+
+
+def test_intervals_hold_95_percent_of_student():
+    for freedom, t in enumerate(study.STUDENT, 1):
+        x = np.linspace(-t, t, 200_001)
+        density = np.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+        assert np.trapezoid(density * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x) == pytest.approx(0.95, abs=1e-4)
+    mean, half = study.mean_interval([1.0, 2.0, 6.0])
+    assert mean == 3.0 and half == pytest.approx(4.303 * math.sqrt(7) / math.sqrt(3))
+    assert math.isnan(study.mean_interval([1.0])[1])
+
+
+def numbers(out):
+    return {path.parent.name: json.loads(path.read_text())["measures"] for path in out.glob("*/result.json")}
+
+
+def test_killed_and_shared_studies_give_the_same_numbers_and_train_nothing_twice(tiny, inside, tmp_path):
+    assert study.main([str(tiny), f"--out={tmp_path / 'whole'}", "--eval_examples=9"]) == 0
+    command = [sys.executable, str(ROOT / "study.py"), str(tiny), f"--out={tmp_path / 'runs'}", "--eval_examples=9"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not list((tmp_path / "runs").glob("*/result.json")):
+        time.sleep(0.2)
+    time.sleep(3)  # in the midst of the second run
+    first.kill()
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both[1].stdout.readline()  # it has begun something
+    both[1].send_signal(signal.SIGTERM)
+    said = both[1].communicate(timeout=120)[0]
+    assert both[1].returncode == 0 and "stopped; the same command continues" in said
+    assert both[0].wait(timeout=300) == 0
+    assert numbers(tmp_path / "runs") == numbers(tmp_path / "whole")
+    for log in (tmp_path / "runs").glob("*/*/log.jsonl"):
+        steps = [r["step"] for r in map(json.loads, log.read_text().splitlines()) if "loss" in r]
+        assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    "change, arguments, word",
+    [
+        (None, ["nothing.py"], "there is no study nothing.py"),
+        ("seed = 1\n", [], "seed is none of variants"),
+        ("baseline = 'x'\n", [], "a baseline that is one of them"),
+        ("", ["--colour=1"], "colour is neither an option"),
+        ("", ["--lr=fast"], "lr = 'fast'"),
+        ("", ["--data=nowhere"], "nowhere/text is not prepared"),
+    ],
+)
+def test_bad_input_gets_one_line(change, arguments, word, tiny):
+    tiny.write_text(tiny.read_text() + (change or ""))
+    done = run("study.py", *([tiny] if change is not None else []), *arguments)
+    assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "study").glob("*.py")), ids=lambda path: path.stem)
+def test_the_studies_that_are_shipped_can_be_planned(path, data):
+    study_ = study.load_study(path)
+    ends = study.plan(study_, {"data": str(data)})
+    pairs = [pair for (variant, _), pair in ends.items() if "added" not in variant]
+    totals = {sum(r.tokens for r in (cold or warm).line()) for warm, cold in pairs}
+    assert max(totals) - min(totals) <= 3 * 4096  # the same tokens for all, but for rounding to steps
