@@ -286,26 +286,28 @@ def compare(study, ends, which, found):
 
 
 def print_table(table, study, ends, which):
-    """One line a variant: tokens, compute, then every measure's difference from the baseline, * if its interval is
-    clear of zero."""
-    width = max(12, *map(len, study["variants"])) + 1
-    print(f"{'':{width}}{'tokens':>9}{'FLOPs':>10}  " + "".join(f"{name:>22}" for name in table))
-    for variant in study["variants"]:
-        line = ends[variant, study["seeds"][0]][which].line()
-        text = (
-            f"{variant:{width}}{train.si(sum(r.tokens for r in line)):>9}{train.si(sum(r.flops for r in line)):>10}  "
-        )
-        for measure in table:
-            if variant not in table[measure]:
-                text += f"{'-':>22}"
+    """Markdown: a column a variant; tokens, compute, then for every measure the baseline's value and how far the others
+    are from it, * if the interval is clear of zero."""
+    variants = [study["baseline"], *(v for v in study["variants"] if v != study["baseline"])]
+    lines = [ends[variant, study["seeds"][0]][which].line() for variant in variants]
+    rows = [["", *variants], ["---"] + ["---:"] * len(variants)]
+    rows.append(["tokens", *(train.si(sum(run.tokens for run in line)) for line in lines)])
+    rows.append(["FLOPs", *(train.si(sum(run.flops for run in line)) for line in lines)])
+    for measure, of in table.items():
+        rows.append([measure])
+        for variant in variants:
+            if variant not in of:
+                rows[-1].append("")
                 continue
-            (mean, half), difference = table[measure][variant]
-            if difference:
-                mean, half = difference
-            sure = "*" if difference and abs(mean) > half else " "
-            around = f" ±{half:.4f}" if half == half else " " * 8
-            text += f"{mean:{'+' if difference else ''}.4f}{around}{sure}".rjust(22)
-        print(text)
+            value, difference = of[variant]
+            mean, half = difference or value
+            sure = "*" if difference and abs(mean) > half else ""
+            around = "" if math.isnan(half) else f" ± {half:.3f}"
+            rows[-1].append(f"{mean:{'+' if difference else ''}.3f}{around}{sure}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("| " + " | ".join(cells) + " |")
 
 
 def plot(tables, study, to):
@@ -327,7 +329,7 @@ def plot(tables, study, to):
                 if variant in table.get(name, {}):
                     mean, half = table[name][variant][1]
                     where, colour = y + 0.2 * shift, f"C{shift}"
-                    half = 0 if half != half else half
+                    half = 0 if math.isnan(half) else half
                     how = {"color": colour, "label": None if y else label, "fmt": "o", "markersize": 4}
                     axis.errorbar(mean, where, xerr=half, **how)
         axis.axvline(0, color="black", linewidth=0.8)
@@ -350,7 +352,8 @@ def show(study, ends, out, evaluation, to):
     tables = {title: table for title, table in tables.items() if table}
     for title, table in tables.items():
         which = next(w for w in titles if titles[w] == title)
-        print(f"\n{title}: {study['baseline']}, and how far the others are from it; {len(study['seeds'])} seeds")
+        about = f"means over {len(study['seeds'])} seeds of {study['baseline']}, and how far the others are from it"
+        print(f"\n{title}; {about}")
         print_table(table, study, ends, which)
     if tables:
         print("\nbits per byte of held-out sources and of right answers: less is better; acc, 0 chance to 1: more")
