@@ -6,6 +6,7 @@ Files of text and code -> uint16 token shards, one folder per source.
     python prepare.py web=crawl/*.jsonl.zst --field=content --workers=16
     python prepare.py web=hf:HuggingFaceFW/fineweb:sample-10BT
     python prepare.py web=crawl/ --shard=0/4              # machine 0 of 4 that share --out, or copy it together later
+    python prepare.py synthetic --problems=50K            # problems, solutions and asserts that pass: see synthetic.py
 
 The same command goes on where it was stopped, by whatever death, and does nothing when all is done. It writes to --out
 
@@ -40,7 +41,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,7 @@ import numpy as np
 from tqdm import tqdm
 
 import corpus
+import synthetic
 import tokenizer
 
 PIECE = 8 << 20  # bytes of input that a worker holds at a time; a longer file of text is cut at line ends
@@ -527,10 +529,31 @@ def collect_default(folder, pool):
     return sources
 
 
+def collect_synthetic(folder, seed, problems):
+    """[.jsonl file, ...] of verified programs, made once and then kept in `folder`, and says what was left out."""
+    if sys.platform != "linux":
+        raise Mistake("synthetic programs are run before they are kept, which needs Linux")
+    paths, fates = [], Counter()
+    for chunk in tqdm(range(-(-problems // synthetic.CHUNK)), desc="synthetic", disable=None):
+        paths.append(folder / f"synthetic-{seed}-{chunk:05}.jsonl")
+        counts = paths[-1].with_suffix(".json")  # written last
+        if not counts.exists():
+            kept, of_these = synthetic.programs(seed, chunk)
+            write(paths[-1], "".join(json.dumps({"text": program}) + "\n" for program in kept).encode())
+            write(counts, json.dumps(of_these).encode())
+        fates += json.loads(counts.read_text())
+    total, kept = sum(fates.values()), fates.pop("kept", 0)
+    out = ", ".join(f"{count:,} {fate}" for fate, count in sorted(fates.items()) if count)
+    print(f"synthetic: {kept:,} of {total:,} problems kept, {100 * (1 - kept / total):.2f}% rejected: {out}")
+    return paths
+
+
 def parse_sources(words):
     """{name: [input, ...]} from NAME=INPUT,INPUT INPUT ... Raises Mistake."""
     sources, name = {}, None
     for word in words:
+        if word == "synthetic":
+            continue
         found = re.fullmatch(r"([\w.-]+)=(.+)", word)
         if not found and not name:
             raise Mistake(f"{word!r} has no name: text={word} prepares it as the source 'text'")
@@ -549,6 +572,7 @@ def parse_arguments():
     parser.add_argument("--vocab_size", type=int, help="ids of nanocrystal (32,064; 8,192 for the default corpus)")
     parser.add_argument("--val", type=float, help="fraction held out (0.01; 0.03 of the default corpus)")
     parser.add_argument("--field", default="text", help="where .jsonl, .parquet and hf: hold the document (text)")
+    parser.add_argument("--problems", default="20K", help="that are made up for the source `synthetic` (20K)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="this is machine I of N, from 0 (0/1)")
     parser.add_argument("--workers", default=CORES, type=int, help="processes (one per core)")
     parser.add_argument("--seed", default=0, type=int, help="of the shuffle and the split (0)")
@@ -558,6 +582,9 @@ def parse_arguments():
         args.vocab_size = DEFAULT_VOCAB
     if args.val is None:
         args.val = 0.01 if args.sources else 0.03
+    if not (problems := re.fullmatch(r"(\d+)(K?)", args.problems)) or not int(problems[1]):
+        fail(f"--problems={args.problems} is no number such as 50000 or 50K")
+    args.problems = int(problems[1]) * (1000 if problems[2] else 1)
     machine = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     args.shard = tuple(map(int, machine.groups())) if machine else (0, 0)
     if args.shard[0] >= args.shard[1]:
@@ -587,6 +614,8 @@ def main():
         sources = parse_sources(args.sources)
         start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         pool = ProcessPoolExecutor(args.workers, start, start_worker, (encoding, args.field, args.seed))
+        if "synthetic" in args.sources:
+            sources["synthetic"] = collect_synthetic(args.out / "corpus", args.seed, args.problems)
         sources = sources or collect_default(args.out / "corpus", pool)
         metas = {name: prepare_source(name, inputs, encoding, pool, args) for name, inputs in sources.items()}
         pool.shutdown()

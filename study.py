@@ -64,6 +64,8 @@ class Run:
     knobs: tuple  # (("lr", "0.01"), ...) for the command line
     parent: "Run | None"
     steps: int
+    mix: tuple  # ((source, weight), ...)
+    decides: str  # sha256 of all else in the configuration but the seed
     tokens: int  # trained here
     flops: float
 
@@ -111,8 +113,11 @@ def plan(study, knobs):
         ]
         if key not in made:
             steps, *_ = train.phase_steps(path, cfg)
-            tokens = steps * cfg.batch
-            made[key] = Run(key, path, tuple(all_knobs.items()), parent, steps, tokens, tokens * flops_per_token(cfg))
+            tokens, alike = steps * cfg.batch, {k: v for k, v in decides.items() if k not in ("mix", "seed")}
+            made[key] = Run(
+                key, path, tuple(all_knobs.items()), parent, steps, tuple(cfg.mix.items()),
+                hashlib.sha256(json.dumps(alike).encode()).hexdigest(), tokens, tokens * flops_per_token(cfg),
+            )  # fmt: skip
         return made[key]
 
     ends = {}
@@ -218,9 +223,11 @@ def work(run, out, evaluation, worker, claim):
     command += [f"--{name}={value}" for name, value in evaluation.items() if value]
     worker.do(command, out / run.key / "eval.log", claim)
     scores = json.loads((out / run.key / "eval.json").read_text())
-    made = {"evaluation": evaluation, "phase": run.name, "knobs": dict(run.knobs), "tokens": run.tokens,
-            "flops": run.flops, "seconds": [round(trained - start), round(time.perf_counter() - trained)],
-            "measures": measures(scores)}  # fmt: skip
+    made = {
+        "evaluation": evaluation, "phase": run.name, "knobs": dict(run.knobs), "mix": dict(run.mix),
+        "decides": run.decides, "parent": run.parent and run.parent.key, "tokens": run.tokens, "flops": run.flops,
+        "seconds": [round(trained - start), round(time.perf_counter() - trained)], "measures": measures(scores),
+    }  # fmt: skip
     checkpoint.write_json(out / run.key / "result.json", made)
 
 

@@ -22,6 +22,7 @@ import tiktoken
 
 import corpus
 import prepare
+import synthetic
 import tokenizer
 
 ROOT = Path(__file__).parent
@@ -430,3 +431,63 @@ def test_the_default_corpus_has_no_passage_in_both_sources():
     lines = {line.strip() for code in kept["code"] for line in code.splitlines() if len(line.strip()) > 60}
     prose = {line.strip() for text in kept["text"] for line in text.splitlines() if len(line.strip()) > 60}
     assert len(prose) > 1000 and len(lines & prose) <= len(prose) / 1000
+
+
+# synthetic.py
+
+
+def test_both_forms_of_every_step_agree():
+    dice = random.Random(4)
+
+    def outcome(step, form, given):
+        names = {}
+        exec(synthetic.function("f", "v", [step], ["3"], [form]), names)
+        try:
+            return names["f"](given)
+        except (ValueError, IndexError):
+            return None
+
+    for step in synthetic.STEPS:
+        for _ in range(100):
+            given = {"b": 2, "a": 1} if step[0] == "counts" else synthetic.an_input(step[0], dice)
+            if given:  # of nothing, one form may raise where the other has an answer: such problems are rejected
+                assert outcome(step, True, given) == outcome(step, False, given), step
+    kinds = {step[0] for step in synthetic.STEPS}
+    assert set(synthetic.TAKES) <= kinds and len({step[3] for step in synthetic.STEPS}) == len(synthetic.STEPS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="programs are confined by Linux")
+def test_programs_that_fail_their_asserts_are_left_out_and_counted(monkeypatch):
+    monkeypatch.setattr(synthetic, "CHUNK", 60)
+    kept, fates = synthetic.programs(seed=5, chunk=2)
+    assert kept == synthetic.programs(seed=5, chunk=2)[0] and fates["kept"] == len(kept) > 50
+    assert sum(fates.values()) == 60 and not {*kept} & {*synthetic.programs(seed=5, chunk=3)[0]}
+    for program in kept:
+        exec(compile(program, "<kept>", "exec"), {})
+        assert ast.get_docstring(ast.parse(program)) or program.startswith("# ")
+    steps = [(*step[:5], "y = 0" if step[3] == "length" else step[5]) for step in synthetic.STEPS]  # wrong, not broken
+    monkeypatch.setattr(synthetic, "STEPS", steps)
+    fewer, fates = synthetic.programs(seed=5, chunk=2)
+    assert fates["failed"] and {*fewer} < {*kept}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="programs are confined by Linux")
+def test_synthetic_is_a_source_like_others_and_made_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(synthetic, "CHUNK", 20)
+    first = prepare.collect_synthetic(tmp_path, seed=0, problems=40)
+    said = capsys.readouterr().out
+    assert "of 40 problems kept" in said and len(first) == 2
+    monkeypatch.setattr(synthetic, "programs", None)  # nothing is made again
+    assert prepare.collect_synthetic(tmp_path, seed=0, problems=40) == first and capsys.readouterr().out == said
+    monkeypatch.undo()
+    for n in (0, 1):  # as if 2,000 problems had been tried
+        for suffix in (".jsonl", ".json"):
+            name = f"synthetic-0-{n:05}{suffix}"
+            (tmp_path / "data/corpus").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data/corpus" / name).write_bytes((tmp_path / name).read_bytes())
+    done = run_prepare("synthetic", "--problems=2K", "--val=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    documents = [json.loads(line)["text"] for path in first for line in path.read_text().splitlines()]
+    assert sorted(read_back(tmp_path / "data/synthetic")) == sorted(documents)
+    refused = run_prepare("synthetic", "--problems=many", cwd=tmp_path)
+    assert refused.returncode == 2 and "--problems=many" in refused.stderr

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import eval as evaluation
+import mixture
 import study
 import train
 from conftest import ROOT, run, write_phases
@@ -138,6 +139,60 @@ def test_killed_and_shared_studies_give_the_same_numbers_and_train_nothing_twice
     for log in (tmp_path / "runs").glob("*/*/log.jsonl"):
         steps = [r["step"] for r in map(json.loads, log.read_text().splitlines()) if "loss" in r]
         assert steps == sorted(set(steps))
+
+
+def fake_runs(folder, truth, mixtures, seeds=3, **other):
+    dice = np.random.default_rng(1)
+    for n, mix in enumerate(mixtures):
+        for seed in range(seeds):
+            weights = np.array(list(mix.values()))
+            noise = 1e-4 * dice.standard_normal(len(mix))
+            measures = dict(zip(mix, truth(weights / weights.sum()) + noise, strict=True))
+            made = {"mix": mix, "parent": None, "decides": "x", "evaluation": {}, "measures": measures} | other
+            path = folder / f"{n}-{seed}-{len(list(folder.glob('*')))}" / "result.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(made))
+
+
+def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
+    def truth(w):
+        a, b = np.log(w[1:] + 0.01) - np.log(w[0] + 0.01)
+        return np.array([1.5 + 0.1 * (a + b) + 0.02 * a * b, 1.2 - 0.1 * a + 0.03 * a**2, 1.8 - 0.2 * b + 0.05 * b**2])
+
+    dice = np.random.default_rng(2)
+    drawn = [*dice.dirichlet([1, 1, 1], 11).round(4).tolist(), [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    mixtures = [dict(zip("abc", weights, strict=True)) for weights in drawn]
+    fake_runs(tmp_path, truth, mixtures)
+    fake_runs(tmp_path, lambda w: w * 0 + 9, mixtures[:5], decides="y")  # of another configuration
+    fake_runs(tmp_path, lambda w: w * 0 + 9, mixtures[:5], parent="z")
+    runs = mixture.finished(tmp_path)
+    assert len(runs) == 14 and all(len(some) == 3 for some in runs.values())
+    weights = np.array([[w for _, w in mix] for mix in runs])
+    weights /= weights.sum(axis=1, keepdims=True)
+    predict = {}
+    for i, name in enumerate("abc"):
+        y = np.array([np.mean([one[name] for one in some]) for some in runs.values()])
+        predict[name], guesses = mixture.fit(weights, y)
+        assert np.abs(guesses - y).max() < 0.01 * np.ptp(y)
+        fresh = dice.dirichlet([2, 2, 2], 50)
+        assert np.abs(predict[name](fresh) - [truth(w)[i] for w in fresh]).max() < 0.01 * np.ptp(y)
+    best, value = mixture.propose(weights, predict, {"a": 0.5, "b": 0.25, "c": 0.25})
+    grid = np.array([(i, j, 60 - i - j) for i in range(61) for j in range(61 - i)]) / 60
+    least = min(truth(w) @ [0.5, 0.25, 0.25] for w in grid)
+    assert value == pytest.approx(least, abs=0.005) and truth(best) @ [0.5, 0.25, 0.25] == pytest.approx(
+        least, abs=0.005
+    )
+    assert mixture.main([str(tmp_path), "--goal=a=2,b=1,c=1"]) == 0
+    assert "least of 0.5 a, 0.25 b, 0.25 c" in capsys.readouterr().out
+    for arguments, word in (
+        ([str(tmp_path), "--goal=d=1"], "--goal names d"),
+        ([str(tmp_path), "--goal=a=x"], "write source=share"),
+        ([str(tmp_path / "none")], "no finished runs"),
+    ):
+        assert mixture.main(arguments) == 2
+        assert word in capsys.readouterr().err
+    fake_runs(tmp_path / "few", truth, mixtures[:3])
+    assert mixture.main([str(tmp_path / "few")]) == 2 and "too few" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""Which mixture? Fits bits per byte of every source to the weights of finished runs, says how well that predicts
+mixtures it has not seen, and proposes one (the idea of RegMix, arXiv 2407.01492).
+
+    python study.py study/shares.py                          # some mixtures, over seeds
+    python mixture.py studies --goal text=0.5,code=0.5       # the least mean of bits per byte, weighted like this
+
+Features are log-ratios of the weights to the first source's, and their squares and products where there are mixtures
+enough; least squares with a ridge, chosen by what predicts best. Errors are of mixtures left out, with all their seeds.
+What is proposed lies between the mixtures that were tried: beyond them nothing is known.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+ABSENT = 0.01  # added to every weight, so that the logarithm of none is finite
+RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
+
+
+class MixtureError(ValueError):
+    """Too few runs, or a goal that names none of their sources; in one line."""
+
+
+def finished(folder):
+    """{mixture as ((source, weight), ...): [{measure: value} of every seed]} of the runs from scratch under a folder
+    that differ in nothing but mixture and seed; the largest such family."""
+    families = defaultdict(lambda: defaultdict(list))
+    for path in sorted(Path(folder).glob("*/result.json")):
+        result = json.loads(path.read_text())
+        if not result["parent"]:
+            alike = json.dumps([result["decides"], result["evaluation"]], sort_keys=True)
+            families[alike][tuple(sorted(result["mix"].items()))].append(result["measures"])
+    if not families:
+        raise MixtureError(f"{folder} has no finished runs from scratch; see study.py")
+    return dict(max(families.values(), key=len))
+
+
+def features(weights, degree):
+    """Weights (n, sources) -> (n, features): a constant, log-ratios to the first source; degree 2: and products."""
+    ratios = np.log((weights[:, 1:] + ABSENT) / (weights[:, :1] + ABSENT))
+    columns = [np.ones(len(weights)), *ratios.T]
+    if degree == 2:
+        columns += [a * b for a, b in itertools.combinations_with_replacement(ratios.T, 2)]
+    return np.stack(columns, axis=1)
+
+
+def ridge(x, y, strength):
+    """Coefficients (features,) of least squares with a penalty on all but the constant."""
+    penalty = strength * np.eye(x.shape[1])
+    penalty[0, 0] = 0
+    return np.linalg.solve(x.T @ x + penalty, x.T @ y)
+
+
+def left_out(weights, y, degree, strength):
+    """What is predicted for every mixture from the others, (n,)."""
+    x, made = features(weights, degree), np.empty(len(y))
+    for i in range(len(y)):
+        others = np.arange(len(y)) != i
+        made[i] = x[i] @ ridge(x[others], y[others], strength)
+    return made
+
+
+def fit(weights, y):
+    """(function of weights (n, sources) to predictions (n,), predictions of mixtures left out): the best of all degrees
+    and ridges that leave a mixture to check with."""
+    degrees = [d for d in (1, 2) if features(weights, d).shape[1] < len(y) - 1]
+    if not degrees:
+        raise MixtureError(f"{len(y)} mixtures of {weights.shape[1]} sources are too few to predict another from")
+    tried = {(d, s): left_out(weights, y, d, s) for d in degrees for s in RIDGES}
+    degree, strength = min(tried, key=lambda one: np.abs(tried[one] - y).mean())
+    coefficients = ridge(features(weights, degree), y, strength)
+    return lambda some: features(some, degree) @ coefficients, tried[degree, strength]
+
+
+def propose(weights, predict, goal, count=20_000, seed=1):
+    """The best of many mixtures drawn between those that were tried, ever nearer to the best -> (weights (sources,),
+    goal's value there).
+
+    predict: {measure: function}; goal: {measure: weight}, summing to 1.
+    """
+    dice, best, least = np.random.default_rng(seed), weights.mean(0), math.inf
+    for step in (1.0, 0.3, 0.1, 0.03):
+        some = np.concatenate([weights, dice.dirichlet(np.full(len(weights), 0.1), count) @ weights])
+        some = best + step * (some - best)
+        values = sum(share * predict[measure](some) for measure, share in goal.items())
+        if values.min() < least:
+            best, least = some[values.argmin()], values.min()
+    return best, least
+
+
+def parse_goal(text, measures):
+    """ "text=3,code=1" -> {"text": 0.75, "code": 0.25}; none: all measures alike."""
+    try:
+        goal = {name: float(share) for name, _, share in (part.partition("=") for part in text.split(",") if part)}
+    except ValueError:
+        raise MixtureError(f"--goal={text}: write source=share,source=share") from None
+    goal = goal or dict.fromkeys(measures, 1.0)
+    if unknown := [name for name in goal if name not in measures]:
+        raise MixtureError(f"--goal names {unknown[0]}; measured are {', '.join(measures)}")
+    total = sum(goal.values())
+    if total <= 0 or min(goal.values()) < 0:
+        raise MixtureError(f"--goal={text}: shares are not below 0 and not all 0")
+    return {name: share / total for name, share in goal.items()}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="of runs that study.py has made")
+    parser.add_argument("--goal", default="", help="what is to be low, source=share,...; default: all sources alike")
+    args = parser.parse_args(argv)
+    try:
+        runs = finished(args.folder)
+        sources = sorted({source for mix in runs for source, _ in mix})
+        weights = np.array([[dict(mix).get(source, 0.0) for source in sources] for mix in runs])
+        weights /= weights.sum(axis=1, keepdims=True)
+        measures = [name for name in next(iter(runs.values()))[0] if name in sources]
+        goal = parse_goal(args.goal, measures)
+        print(f"{len(runs)} mixtures of {', '.join(sources)}, {sum(map(len, runs.values()))} runs")
+        print(f"{'bits per byte of':<20}{'from':>8}{'to':>8}{'error, left out':>18}{'correlation':>13}{'seeds':>9}")
+        predict = {}
+        for name in measures:
+            seeds = [np.array([one[name] for one in some]) for some in runs.values()]
+            y = np.array([values.mean() for values in seeds])
+            predict[name], guesses = fit(weights, y)
+            noise = math.sqrt(np.mean([values.var(ddof=1) for values in seeds if len(values) > 1] or [math.nan]))
+            error, alike = np.abs(guesses - y).mean(), np.corrcoef(guesses, y)[0, 1]
+            print(f"{name:<20}{y.min():8.3f}{y.max():8.3f}{error:18.4f}{alike:13.3f}{noise:9.4f}")
+        best, value = propose(weights, predict, goal)
+    except MixtureError as error:
+        print(f"mixture.py: {error}", file=sys.stderr)
+        return 2
+    tried = {name: np.array([np.mean([one[name] for one in some]) for some in runs.values()]) for name in goal}
+    values = sum(share * tried[name] for name, share in goal.items())
+    wanted = ", ".join(f"{share:.3g} {name}" for name, share in goal.items())
+    print(
+        f"least of {wanted}: {value:.4f} predicted at",
+        {s: round(float(w), 3) for s, w in zip(sources, best, strict=True)},
+    )
+    nearest = dict(zip(sources, weights[values.argmin()].round(3).tolist(), strict=True))
+    print(f"best that was tried: {values.min():.4f} at {nearest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
