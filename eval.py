@@ -650,9 +650,9 @@ def gather_tasks(args, model, state, vocabulary, layout):
     """The tasks that args.tasks names: held-out parts of the sources it was trained on, and those in --data."""
     folder, sources, own = Path(args.sources or state["config"]["data"]), [*state["config"]["mix"]], {}
     if args.sources:
-        sources = sorted(
-            record.parent.name for record in folder.glob("*/*.*") if record.name in ("meta.json", "val.bin")
-        )
+        named = [path for path in folder.glob("*/*") if path.name in ("meta.json", "val.bin")]
+        if not (sources := sorted({path.parent.name for path in named})):
+            raise EvalError(f"{folder} has no prepared sources; see prepare.py")
     names = args.tasks.split(",") if args.tasks else ["held_out"] * bool(sources) + ["quick"] * bool(args.data)
     if not names:
         raise EvalError("on what? say --data, a folder of task files, or --sources, one of prepared sources")

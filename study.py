@@ -13,6 +13,7 @@ A study is a Python file that names variants, each a list of phases:
     seeds = (1, 2, 3)           # of initialisation and of the order of the data
     knobs = {"budget": "2M"}    # of all phases; the command line beats them
     tasks = "quick,code_spans"  # of eval.py; those from files if --eval_tasks=FOLDER says where they are
+    def picture(values, to):    # instead of the usual one: {(variant, seed): {measure: value}}, path
 
 Variants that begin with the same phases share the runs of these. A run lives in OUT/<key>, its key made from all that
 decides its numbers: configuration, seed, data, the run before it. So the same command continues what was killed, runs
@@ -52,7 +53,8 @@ WITHOUT_EFFECT = {  # knobs that do not change what a run's weights are; its dat
     "data", "out", "init_from", "eval_every", "eval_tokens", "eval_tasks", "eval_examples", "save_every", "keep",
     "log_every", "wandb", "epochs_max", "source_tokens", "timeout",
 }  # fmt: skip
-OWN = {"variants": None, "baseline": None, "cooldown": "", "seeds": (1, 2, 3), "knobs": {}, "tasks": "quick"}
+OWN = {"variants": None, "baseline": None, "cooldown": "", "seeds": (1, 2, 3), "knobs": {}, "tasks": "quick",
+       "picture": None}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -293,11 +295,11 @@ def compare(study, ends, which, found):
 
 
 def print_table(table, study, ends, which):
-    """Markdown: a column a variant; tokens, compute, then for every measure the baseline's value and how far the others
-    are from it, * if the interval is clear of zero."""
+    """Markdown: a column a variant, or a row if they are many; tokens, compute, then for every measure the baseline's
+    value and how far the others are from it, * if the interval is clear of zero."""
     variants = [study["baseline"], *(v for v in study["variants"] if v != study["baseline"])]
     lines = [ends[variant, study["seeds"][0]][which].line() for variant in variants]
-    rows = [["", *variants], ["---"] + ["---:"] * len(variants)]
+    rows = [["", *variants]]
     rows.append(["tokens", *(train.si(sum(run.tokens for run in line)) for line in lines)])
     rows.append(["FLOPs", *(train.si(sum(run.flops for run in line)) for line in lines)])
     for measure, of in table.items():
@@ -311,6 +313,9 @@ def print_table(table, study, ends, which):
             sure = "*" if difference and abs(mean) > half else ""
             around = "" if math.isnan(half) else f" ± {half:.3f}"
             rows[-1].append(f"{mean:{'+' if difference else ''}.3f}{around}{sure}")
+    if len(variants) > len(rows):  # the shorter way across
+        rows = [[*column] for column in zip(*rows, strict=True)]
+    rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
@@ -365,9 +370,14 @@ def show(study, ends, out, evaluation, to):
     if tables:
         print("\nbits per byte of held-out sources and of right answers: less is better; acc, 0 chance to 1: more")
         print("* the 95% interval over seeds, paired, is clear of zero; of 20 such marks one is expected by chance")
-        checkpoint.write_json(to.with_suffix(".json"), {"study": {k: study[k] for k in OWN}, "tables": tables})
+        plain = {name: value for name, value in study.items() if name != "picture"}
+        checkpoint.write_json(to.with_suffix(".json"), {"study": plain, "tables": tables})
         try:
-            plot(tables, study, to.with_suffix(".png"))
+            if study["picture"]:
+                ends_found = {place: found[one.key] for place, (one, _) in ends.items() if one.key in found}
+                study["picture"](ends_found, to.with_suffix(".png"))
+            else:
+                plot(tables, study, to.with_suffix(".png"))
         except ImportError:
             print("no picture: pip install matplotlib")
 

@@ -103,6 +103,9 @@ def test_a_study_trains_once_and_its_table_is_that_of_the_runs(tiny, inside, dat
     last = ends["both", 1][0]
     logged = [json.loads(line) for line in (last.folder(tmp_path / "runs") / "log.jsonl").read_text().splitlines()]
     assert logged[-1]["tokens"] == sum(one.tokens for one in last.line())
+    tiny.write_text(tiny.read_text() + "def picture(values, to):\n    to.write_text(repr(sorted(values)))\n")
+    assert study.main([*command, "--table"]) == 0
+    assert (tmp_path / "runs/tiny.png").read_text() == repr(sorted(ends))
     assert study.main([*command, "--eval_examples=5"]) == 0
     assert len([c for c in inside if c[0].endswith("eval.py")]) == 8  # asked for less, evaluated again
 
