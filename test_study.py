@@ -157,6 +157,16 @@ def fake_runs(folder, truth, mixtures, seeds=3, **other):
             path.write_text(json.dumps(made))
 
 
+def test_a_mixture_left_out_is_predicted_from_the_others_only():
+    dice = np.random.default_rng(3)
+    weights, y = dice.dirichlet([1, 1, 1], 12), dice.standard_normal(12)
+    x = np.stack([np.ones(12), *np.log((weights[:, 1:] + 0.01) / (weights[:, :1] + 0.01)).T], axis=1)
+    expected = [x[i] @ np.linalg.lstsq(np.delete(x, i, 0), np.delete(y, i), rcond=None)[0] for i in range(12)]
+    assert mixture.left_out(weights, y, degree=1, strength=1e-9) == pytest.approx(expected, abs=1e-6)
+    shifted = mixture.left_out(weights, y + 100, degree=2, strength=1.0)  # a ridge pulls to the mean, not to nothing
+    assert shifted == pytest.approx(mixture.left_out(weights, y, degree=2, strength=1.0) + 100)
+
+
 def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
     def truth(w):
         a, b = np.log(w[1:] + 0.01) - np.log(w[0] + 0.01)
