@@ -157,19 +157,19 @@ def parts(token, ranks):
     return pieces
 
 
-def write_safetensors(path, tensors, dtype=None):
-    """Eight bytes with the length of a JSON header, the header, the tensors one after another, in `dtype` or theirs."""
+def write_safetensors(path, tensors):
+    """Eight bytes with the length of a JSON header, the header, the tensors one after another."""
     names, header, at = {kind: name for name, kind in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        end = at + tensor.numel() * (dtype or tensor.dtype).itemsize
-        header[name] = {"dtype": names[dtype or tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        end = at + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            f.write(tensor.to(dtype or tensor.dtype).contiguous().view(torch.uint8).numpy())
+            f.write(tensor.contiguous().view(torch.uint8).numpy())
     checkpoint.sync(path)
 
 
@@ -193,7 +193,8 @@ def export(source, target, dtype):
             files["config.json"]["nanocrystal_tokenizer"] = state["tokenizer"]
     for name, content in files.items():
         checkpoint.write_json(temporary / name, content)
-    write_safetensors(temporary / "model.safetensors", tensors, dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    write_safetensors(temporary / "model.safetensors", tensors)
     temporary.rename(target)
     return f"{config['architectures'][0]}, {sum(t.numel() for t in tensors.values()):,} numbers in {dtype}"
 
@@ -249,10 +250,9 @@ def from_config(config):
     return knobs, LLAMA, "model.layers", False
 
 
-def from_hugging_face(folder):
-    """A folder -> (GPTConfig, {our parameter's name: fp32 tensor}). ConvertError."""
+def from_hugging_face(folder, config):
+    """A folder and what its config.json says -> (GPTConfig, {our parameter's name: fp32 tensor}). ConvertError."""
     try:
-        config = json.loads((folder / "config.json").read_text())
         knobs, layout, blocks, neighbours = from_config(config)
         found = read_weights(folder)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -264,7 +264,7 @@ def from_hugging_face(folder):
     model_config = GPTConfig(**knobs, bias=bool(biases - used))
     with torch.device("meta"):
         model = GPT(model_config)
-    made, D = {}, model_config.head_dim
+    made = {}
     for name, p in model.named_parameters():
         theirs, part = place(name, layout, blocks)
         used |= {*theirs}
@@ -280,21 +280,32 @@ def from_hugging_face(folder):
         pieces = [found[one].float() for one in theirs]
         if layout is CRYSTAL and p.dim() == 2 and part not in ("wte", "head"):
             pieces = [piece.T for piece in pieces]
-        if part == "qkv" and len(pieces) == 3:  # one key and value for several heads
-            pieces[1:] = [shared.unflatten(0, (-1, D)).repeat_interleave(len(pieces[0]) // len(shared), 0).flatten(0, 1)
-                          for shared in pieces[1:]]  # fmt: skip
-        whole = torch.cat(pieces)
+        whole = torch.cat(one_key_a_head(pieces, model_config.head_dim) if part == "qkv" else pieces)
         if whole.shape != p.shape:
             raise ConvertError(
                 f"{folder}: {' + '.join(theirs)} is {tuple(whole.shape)}, config.json says {tuple(p.shape)}"
             )
-        if neighbours and part == "qkv":
-            R, heads = model_config.rotary_dim, whole.unflatten(0, (3, -1, D))
-            heads[:2, :, :R] = torch.cat((heads[:2, :, 0:R:2], heads[:2, :, 1:R:2]), dim=2)
-        made[name] = whole
+        made[name] = halves_apart(whole, model_config) if neighbours and part == "qkv" else whole
     if left := sorted(set(found) - used):
         raise ConvertError(f"{folder}: this model has no place for {left[0]}, of {len(left)} such")
     return model_config, made
+
+
+def one_key_a_head(pieces, head_dim):
+    """[q, k, v] of heads that share keys and values -> the same with a copy for each; other lists as they are."""
+    if len(pieces) < 3:
+        return pieces
+    q, *shared = pieces
+    heads = [piece.unflatten(0, (-1, head_dim)) for piece in shared]
+    return [q, *(head.repeat_interleave(len(q) // len(piece), 0).flatten(0, 1)
+                 for head, piece in zip(heads, shared, strict=True))]  # fmt: skip
+
+
+def halves_apart(qkv, config):
+    """Rows of q, k and v, (3 n_embd, ...), whose rotary pairs are neighbours -> pairs half of the channels apart."""
+    R, heads = config.rotary_dim, qkv.unflatten(0, (3, -1, config.head_dim))
+    heads[:2, :, :R] = torch.cat((heads[:2, :, 0:R:2], heads[:2, :, 1:R:2]), dim=2)
+    return qkv
 
 
 def read_weights(folder):
@@ -332,9 +343,9 @@ def read_safetensors(path):
     return found
 
 
-def tokenizer_of(source, target):
+def tokenizer_of(source, config, target):
     """What a checkpoint under `target` says of its tokenizer; None if there is none."""
-    if ours := json.loads((source / "config.json").read_text()).get("nanocrystal_tokenizer"):
+    if ours := config.get("nanocrystal_tokenizer"):
         return ours
     if not (source / "tokenizer.json").exists():
         print(f"{source} has no tokenizer.json: the checkpoint has weights only")
@@ -344,9 +355,10 @@ def tokenizer_of(source, target):
     return about | {"sha256": tokenizer.digest(encoding)}
 
 
-def bring_in(source, target):
-    """A Hugging Face folder -> a checkpoint under `target`, which appears when it is whole."""
-    about, (model_config, tensors) = tokenizer_of(source, target), from_hugging_face(source)
+def bring_in(source, config, target):
+    """A Hugging Face folder and what its config.json says -> a checkpoint under `target`, which appears when it is
+    whole."""
+    about, (model_config, tensors) = tokenizer_of(source, config, target), from_hugging_face(source, config)
     state = {
         "step": 0, "phase": target.name, "tokens": 0, "sample": 0, "start": {}, "first_token": 0, "drawn": {},
         "mix": {"sources": {}}, "model": dataclasses.asdict(model_config), "tokenizer": about,
@@ -387,13 +399,12 @@ def main(argv):
     try:
         if args.target.exists():
             raise ConvertError(f"{args.target} exists; name a new folder")
-        config = args.source / "config.json"
-        inward = config.exists() and "model_type" in json.loads(config.read_text())
-        made = (
-            bring_in(args.source, args.target)
-            if inward
-            else export(args.source, args.target, getattr(torch, args.dtype))
-        )
+        path = args.source / "config.json"
+        config = json.loads(path.read_text()) if path.exists() else {}
+        if "model_type" in config:
+            made = bring_in(args.source, config, args.target)
+        else:
+            made = export(args.source, args.target, getattr(torch, args.dtype))
     except (ConvertError, CheckpointError, TokenizerError, OSError, ValueError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2

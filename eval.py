@@ -20,7 +20,8 @@ Results go to eval-<step>.json beside the checkpoints, or --out, after every tas
 
 Conventions are lm-evaluation-harness': context and continuation are encoded together and cut where the context's ids
 end; white space at a context's end moves to the continuation; acc_norm divides log-likelihoods by characters of the
-choice without sep; what is too long loses its beginning. An end of text stands before every context.
+choice without sep; what is too long loses its beginning. Before every context stands what documents begin after: an end
+of text, or what a foreign tokenizer puts there.
 """
 
 import argparse
@@ -46,6 +47,7 @@ import sandbox
 import tokenizer
 from checkpoint import CheckpointError
 from kernels import dense_mask
+from machine import keep_memory
 from mix import MixError, Source
 from processes import all_reduce, rank, world
 from sample import fill, load_model, trained_layout, trim, vocabulary_for
@@ -565,7 +567,7 @@ def meta_of(folder, state, model, encoding, layout):
     return {
         "key": key, "checkpoint": str(folder), "phase": state["phase"], "step": state["step"],
         "tokens": state["tokens"], "parameters": model.num_params(), "config": state["config"],
-        "separator": "an end of text before every context", "torch": torch.__version__,
+        "separator": tokenizer.start(encoding), "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -731,6 +733,8 @@ def write_samples(path, task, items):
 
 def main(argv):
     args = parse(argv)
+    if args.device == "cpu":
+        keep_memory()
     try:
         if args.compare:
             compare(*map(load_results, args.compare))

@@ -31,9 +31,9 @@ def finished(folder):
     """{mixture as ((source, weight), ...): [{measure: value} of every seed]} of the runs from scratch under a folder
     that differ in nothing but mixture and seed; the largest such family."""
     families = defaultdict(lambda: defaultdict(list))
-    for path in sorted(Path(folder).glob("*/result.json")):
+    for path in sorted(Path(folder).glob("*/result-*.json")):
         result = json.loads(path.read_text())
-        if not result["parent"]:
+        if result["measures"] and not result["parent"]:
             alike = json.dumps([result["decides"], result["evaluation"]], sort_keys=True)
             families[alike][tuple(sorted(result["mix"].items()))].append(result["measures"])
     if not families:

@@ -6,7 +6,7 @@ Files of text and code -> uint16 token shards, one folder per source.
     python prepare.py web=crawl/*.jsonl.zst --field=content --workers=16
     python prepare.py web=hf:HuggingFaceFW/fineweb:sample-10BT
     python prepare.py web=crawl/ --shard=0/4              # machine 0 of 4 that share --out, or copy it together later
-    python prepare.py synthetic --problems=50K            # problems, solutions and asserts that pass: see synthetic.py
+    python prepare.py synthetic --problems=50000          # problems, solutions and asserts that pass: see synthetic.py
 
 The same command goes on where it was stopped, by whatever death, and does nothing when all is done. It writes to --out
 
@@ -552,8 +552,6 @@ def parse_sources(words):
     """{name: [input, ...]} from NAME=INPUT,INPUT INPUT ... Raises Mistake."""
     sources, name = {}, None
     for word in words:
-        if word == "synthetic":
-            continue
         found = re.fullmatch(r"([\w.-]+)=(.+)", word)
         if not found and not name:
             raise Mistake(f"{word!r} has no name: text={word} prepares it as the source 'text'")
@@ -572,7 +570,7 @@ def parse_arguments():
     parser.add_argument("--vocab_size", type=int, help="ids of nanocrystal (32,064; 8,192 for the default corpus)")
     parser.add_argument("--val", type=float, help="fraction held out (0.01; 0.03 of the default corpus)")
     parser.add_argument("--field", default="text", help="where .jsonl, .parquet and hf: hold the document (text)")
-    parser.add_argument("--problems", default="20K", help="that are made up for the source `synthetic` (20K)")
+    parser.add_argument("--problems", default=20_000, type=int, help="made up for the source `synthetic` (20000)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="this is machine I of N, from 0 (0/1)")
     parser.add_argument("--workers", default=CORES, type=int, help="processes (one per core)")
     parser.add_argument("--seed", default=0, type=int, help="of the shuffle and the split (0)")
@@ -582,17 +580,14 @@ def parse_arguments():
         args.vocab_size = DEFAULT_VOCAB
     if args.val is None:
         args.val = 0.01 if args.sources else 0.03
-    if not (problems := re.fullmatch(r"(\d+)(K?)", args.problems)) or not int(problems[1]):
-        fail(f"--problems={args.problems} is no number such as 50000 or 50K")
-    args.problems = int(problems[1]) * (1000 if problems[2] else 1)
     machine = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     args.shard = tuple(map(int, machine.groups())) if machine else (0, 0)
     if args.shard[0] >= args.shard[1]:
         fail("--shard is I/N with I from 0 to N-1, such as --shard=0/4")
     if not 0 <= args.val < 1:
         fail(f"--val={args.val} is no fraction; 0.01 holds out one token in a hundred")
-    if args.workers < 1:
-        fail("--workers is at least 1")
+    if args.workers < 1 or args.problems < 1:
+        fail("--workers and --problems are at least 1")
     return args
 
 
@@ -611,7 +606,7 @@ def main():
     signal.signal(signal.SIGINT, lambda *_: fail("stopped; the same command goes on from here", code=130))
     try:
         encoding = tokenizer.load(args.tokenizer, args.vocab_size)
-        sources = parse_sources(args.sources)
+        sources = parse_sources([word for word in args.sources if word != "synthetic"])
         start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         pool = ProcessPoolExecutor(args.workers, start, start_worker, (encoding, args.field, args.seed))
         if "synthetic" in args.sources:

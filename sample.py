@@ -33,7 +33,7 @@ def load_model(path, device="cpu", dtype=torch.float32):
 def complete(model, encoding, prompt, **how):
     """Yield the continuation of a text as text, piece by piece; characters of several tokens come out whole.
 
-    The prompt follows an end-of-text, as a document does in training. `how` goes to GPT.generate.
+    The prompt follows what documents follow in training, an end of text. `how` goes to GPT.generate.
     """
     stop = tokenizer.eot(encoding)
     ids = [tokenizer.start(encoding), *encoding.encode_ordinary(prompt)]

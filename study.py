@@ -16,16 +16,19 @@ A study is a Python file that names variants, each a list of phases:
     def picture(values, to):    # instead of the usual one: {(variant, seed): {measure: value}}, path
 
 Variants that begin with the same phases share the runs of these. A run lives in OUT/<key>, its key made from all that
-decides its numbers: configuration, seed, data, the run before it. So the same command continues what was killed, runs
-nothing twice, also for other studies on the same folder, and after one number is changed trains what depends on it.
+decides its numbers: configuration, seed, data, the run before it; what an evaluation gave goes by what it was asked.
+So the same command continues what was killed, runs nothing twice, also for other studies on the same folder, and after
+one number is changed trains what depends on it.
 Several processes, on one machine or many, may work on one folder: each takes a run that no other has.
 
-Every run is evaluated by eval.py on all prepared sources and on these tasks. Differences are paired by seed; intervals
-are Student's, 95%, over seeds: they say how far the mean over new seeds may be, not new data. One seed has none.
+What variants end with is evaluated by eval.py, on every source that the study names and on its tasks. Differences are
+paired by seed; intervals are Student's, 95%, over seeds: they say how far the mean over new seeds may be, not new data.
+One seed has none.
 """
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -49,6 +52,7 @@ from configurator import ConfigError, read_command_line
 from model import GPT, PRESETS
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5%, of 1 to 9 degrees of freedom
+NORMAL = 1.95996  # of infinitely many
 WITHOUT_EFFECT = {  # knobs that do not change what a run's weights are; its data count by content
     "data", "out", "init_from", "eval_every", "eval_tokens", "eval_tasks", "eval_examples", "save_every", "keep",
     "log_every", "wandb", "epochs_max", "source_tokens", "timeout",
@@ -109,16 +113,15 @@ def plan(study, knobs):
         argv = [path, *(f"--{name}={value}" for name, value in all_knobs.items())]
         ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
         decides = {name: value for name, value in asdict(cfg).items() if name not in WITHOUT_EFFECT}
-        data = {name: data_digest(Path(cfg.data) / name) for name in cfg.mix}
-        key = hashlib.sha256(json.dumps([parent and parent.key, Path(path).stem, decides, data]).encode()).hexdigest()[
-            :16
-        ]
+        data = {name: prepared(Path(cfg.data) / name) for name in cfg.mix}
+        key = digest([parent and parent.key, Path(path).stem, decides, data])
         if key not in made:
             steps, *_ = train.phase_steps(path, cfg)
             tokens, alike = steps * cfg.batch, {k: v for k, v in decides.items() if k not in ("mix", "seed")}
+            vocabulary = next(iter(data.values()))["tokenizer"]["vocab_size"]
             made[key] = Run(
-                key, path, tuple(all_knobs.items()), parent, steps, tuple(cfg.mix.items()),
-                hashlib.sha256(json.dumps(alike).encode()).hexdigest(), tokens, tokens * flops_per_token(cfg),
+                key, path, tuple(all_knobs.items()), parent, steps, tuple(cfg.mix.items()), digest(alike), tokens,
+                tokens * flops_per_token(cfg, vocabulary),
             )  # fmt: skip
         return made[key]
 
@@ -132,22 +135,29 @@ def plan(study, knobs):
     return ends
 
 
-def data_digest(folder):
+def digest(value):
+    """A name for what JSON can say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def prepared(folder):
+    """meta.json of a source, which has the sha256 of its shards. ConfigError."""
     try:
-        return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+        return json.loads((folder / "meta.json").read_text())
     except OSError:
         raise ConfigError(f"{folder} is not prepared; see prepare.py, or say --data=FOLDER") from None
 
 
-def flops_per_token(cfg):
-    vocabulary = json.loads((Path(cfg.data) / next(iter(cfg.mix)) / "meta.json").read_text())["tokenizer"]["vocab_size"]
+def flops_per_token(cfg, vocabulary):
     with torch.device("meta"):
         return GPT(train.model_config(cfg, vocabulary)).flops_per_token()
 
 
-def all_runs(ends):
-    """Every run once, those that others begin from first."""
-    return list(dict.fromkeys(run for pair in ends.values() for end in pair if end for run in end.line()))
+def all_runs(ends, evaluation):
+    """{run: what eval.py is asked about it, nothing if no variant ends with it}, those that others begin from first."""
+    shown = [end for pair in ends.values() for end in pair if end]
+    return {run: evaluation if run in shown else {} for end in shown for run in end.line()}
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -158,12 +168,9 @@ class Stopped(Exception):
 
 
 def results(run, out, evaluation):
-    """What a run was measured at, or None: what its evaluation was asked decides as well."""
-    try:
-        found = json.loads((out / run.key / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return found if found["evaluation"] == evaluation else None
+    """What a finished run was measured at by eval.py with these options, or None."""
+    path = out / run.key / f"result-{digest(evaluation)}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 @contextmanager
@@ -209,28 +216,30 @@ class Worker:
 
 
 def work(run, out, evaluation, worker, claim):
-    """Train and evaluate a run, or what is missing of it, and leave result.json."""
+    """Train and evaluate a run, or what is missing of it, and leave what `results` reads."""
     here, start = Path(__file__).parent, time.perf_counter()
     before = [f"--init_from={run.parent.folder(out)}"] if run.parent else []
     knobs = [f"--{name}={value}" for name, value in run.knobs]
-    command = [str(here / "train.py"), run.path, *knobs, f"--out={out / run.key}", "--keep=1", *before]
-    worker.do(command, out / run.key / "train.log", claim)
+    ours = [f"--out={out / run.key}", "--keep=1", "--eval_every=0", "--eval_tokens=4096"]  # eval.py comes after
+    worker.do([str(here / "train.py"), run.path, *knobs, *ours, *before], out / run.key / "train.log", claim)
     trained = time.perf_counter()
     state = checkpoint.load_state(checkpoint.find(run.folder(out)))
     if state["step"] != run.steps:
         raise RuntimeError(
             f"{run.folder(out)} is at step {state['step']} of {run.steps}; see {out / run.key}/train.log"
         )
-    command = [str(here / "eval.py"), str(run.folder(out)), f"--out={out / run.key / 'eval.json'}"]
-    command += [f"--{name}={value}" for name, value in evaluation.items() if value]
-    worker.do(command, out / run.key / "eval.log", claim)
-    scores = json.loads((out / run.key / "eval.json").read_text())
+    scores = {"tasks": {}, "groups": {}}
+    if evaluation:
+        to = out / run.key / f"eval-{digest(evaluation)}.json"
+        options = [f"--{name}={value}" for name, value in evaluation.items() if value]
+        worker.do([str(here / "eval.py"), str(run.folder(out)), f"--out={to}", *options], to.with_suffix(".log"), claim)
+        scores = json.loads(to.read_text())
     made = {
         "evaluation": evaluation, "phase": run.name, "knobs": dict(run.knobs), "mix": dict(run.mix),
         "decides": run.decides, "parent": run.parent and run.parent.key, "tokens": run.tokens, "flops": run.flops,
         "seconds": [round(trained - start), round(time.perf_counter() - trained)], "measures": measures(scores),
     }  # fmt: skip
-    checkpoint.write_json(out / run.key / "result.json", made)
+    checkpoint.write_json(out / run.key / f"result-{digest(evaluation)}.json", made)
 
 
 def measures(scores):
@@ -247,16 +256,17 @@ def measures(scores):
     return made
 
 
-def carry_out(runs, out, evaluation):
-    """Do what is missing, beside other processes that do the same; until all is done. Stopped, RuntimeError."""
+def carry_out(runs, out):
+    """Do what is missing, beside other processes that do the same; until all is done. runs: of all_runs. Stopped,
+    RuntimeError."""
     worker = Worker()
-    while todo := [run for run in runs if not results(run, out, evaluation)]:
+    while todo := [run for run, evaluation in runs.items() if not results(run, out, evaluation)]:
         ready = [run for run in todo if not (run.parent and run.parent in todo)]
         for run in ready:
             with claimed(run, out) as claim:
-                if claim and not results(run, out, evaluation):
+                if claim and not results(run, out, runs[run]):
                     print(f"{run.key}  {len(todo):>3} left  {run.name}  {dict(run.knobs)}", flush=True)
-                    work(run, out, evaluation, worker, claim)
+                    work(run, out, runs[run], worker, claim)
                     break
         else:
             if worker.signal:
@@ -272,8 +282,17 @@ def mean_interval(values):
     values = np.array(values, float)
     if len(values) < 2:
         return values.mean(), math.nan
-    t = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
-    return values.mean(), t * values.std(ddof=1) / math.sqrt(len(values))
+    return values.mean(), student(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def student(freedom):
+    """97.5% quantile of Student's t; from ten degrees of freedom on by its expansion around the normal's
+    (Abramowitz and Stegun, 26.7.5)."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z, n = NORMAL, freedom
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + third
 
 
 def compare(study, ends, which, found):
@@ -358,15 +377,15 @@ def plot(tables, study, to):
 
 def show(study, ends, out, evaluation, to):
     """Print the tables of what is there, matched cooldown first; write them with the picture as `to`.json and .png."""
-    found = {run.key: one["measures"] for run in all_runs(ends) if (one := results(run, out, evaluation))}
-    titles = {1: "after the same cooldown", 0: "as trained, without it" if study["cooldown"] else "as trained"}
-    tables = {titles[w]: compare(study, ends, w, found) for w in (1, 0) if w == 0 or study["cooldown"]}
-    tables = {title: table for title, table in tables.items() if table}
-    for title, table in tables.items():
-        which = next(w for w in titles if titles[w] == title)
-        about = f"means over {len(study['seeds'])} seeds of {study['baseline']}, and how far the others are from it"
-        print(f"\n{title}; {about}")
-        print_table(table, study, ends, which)
+    runs = all_runs(ends, evaluation)
+    found = {run.key: one["measures"] for run in runs if runs[run] and (one := results(run, out, runs[run]))}
+    about = f"means over {len(study['seeds'])} seeds of {study['baseline']}, and how far the others are from it"
+    cooled, tables = bool(study["cooldown"]), {}
+    for which, title in ((1, "after the same cooldown"), (0, "as trained, without it" if cooled else "as trained")):
+        if table := compare(study, ends, which, found):
+            tables[title] = table
+            print(f"\n{title}; {about}")
+            print_table(table, study, ends, which)
     if tables:
         print("\nbits per byte of held-out sources and of right answers: less is better; acc, 0 chance to 1: more")
         print("* the 95% interval over seeds, paired, is clear of zero; of 20 such marks one is expected by chance")
@@ -374,8 +393,8 @@ def show(study, ends, out, evaluation, to):
         checkpoint.write_json(to.with_suffix(".json"), {"study": plain, "tables": tables})
         try:
             if study["picture"]:
-                ends_found = {place: found[one.key] for place, (one, _) in ends.items() if one.key in found}
-                study["picture"](ends_found, to.with_suffix(".png"))
+                values = {place: found[last.key] for place, (last, _) in ends.items() if last.key in found}
+                study["picture"](values, to.with_suffix(".png"))
             else:
                 plot(tables, study, to.with_suffix(".png"))
         except ImportError:
@@ -383,10 +402,8 @@ def show(study, ends, out, evaluation, to):
 
 
 def show_cost(study, ends, out, evaluation):
-    runs, done = all_runs(ends), {}
-    for run in runs:
-        if one := results(run, out, evaluation):
-            done[run] = one
+    runs = all_runs(ends, evaluation)
+    done = {run: one for run in runs if (one := results(run, out, runs[run]))}
     for variant in study["variants"]:
         last = ends[variant, study["seeds"][0]][1] or ends[variant, study["seeds"][0]][0]
         phases = " -> ".join(f"{run.name} {train.si(run.tokens)}" for run in last.line())
@@ -423,15 +440,16 @@ def main(argv):
         study = load_study(args.study)
         ends = plan(study, knobs)
         data = knobs.get("data") or study["knobs"].get("data", train.Config.data)
-        tasks = sorted(record.parent.name for record in Path(data).glob("*/meta.json"))  # their held-out parts
+        tasks = sorted({source for pair in ends.values() for run in pair[0].line() for source, _ in run.mix})
         held_out = ("_spans", "_lines")  # holes in those
         tasks += [name for name in study["tasks"].split(",") if args.eval_tasks or name.endswith(held_out)]
         evaluation = {"sources": data, "data": args.eval_tasks, "tasks": ",".join(tasks), "limit": args.eval_examples}
+        evaluation["dtype"] = (study["knobs"] | knobs).get("dtype", "").replace("auto", "")
         if args.dry:
             show_cost(study, ends, args.out, evaluation)
             return 0
         if not args.table:
-            carry_out(all_runs(ends), args.out, evaluation)
+            carry_out(all_runs(ends, evaluation), args.out)
     except ConfigError as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2

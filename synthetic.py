@@ -47,7 +47,7 @@ STEPS = [
      "y = list(x)\nfor _ in range(min(K, len(x))):\n    y.pop(0)"),
     ("ints", "ints", "move the last one to the front", "rotate", "x[-1:] + x[:-1]",
      "y = list(x)\nif y:\n    y.insert(0, y.pop())"),
-    ("ints", "int", "return their sum", "sum", "sum(x)", "y = 0\nfor n in x:\n    y += n"),
+    ("ints", "int", "return their sum", "total", "sum(x)", "y = 0\nfor n in x:\n    y += n"),
     ("ints", "int", "return how many there are", "count", "len(x)", "y = 0\nfor _ in x:\n    y += 1"),
     ("ints", "int", "return the largest", "largest", "max(x)",
      "y = x[0]\nfor n in x[1:]:\n    if n > y:\n        y = n"),
@@ -128,10 +128,8 @@ CHUNK = 1000  # problems
 
 
 def problem(seed, number):
-    """(program: statement, solution and asserts as one text; or None if the other form of a step raised).
-
-    A pure function of its arguments.
-    """
+    """A program: statement, solution and asserts as one text; None if the form that computes what the asserts expect
+    raised. A pure function of its arguments."""
     dice = random.Random(f"synthetic/{seed}/{number}")
     steps, kind = [], dice.choice(list(TAKES))
     takes = kind
@@ -196,12 +194,12 @@ def an_input(kind, dice):
     return words if kind == "words" else " ".join(words)
 
 
-def programs(seed, chunk, seconds=3.0):
+def programs(seed, chunk):
     """The programs that passed of CHUNK problems, in a fixed order, and what became of all: Counter of "kept",
     "no answer" (the form that computes what is expected raised), "again" (as one before) and sandbox.py's verdicts."""
     made = [problem(seed, number) for number in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
     new = [program for program in dict.fromkeys(made) if program]
-    verdicts = sandbox.run(new, seconds)
+    verdicts = sandbox.run(new)
     fates = Counter({"no answer": made.count(None), "again": len(made) - made.count(None) - len(new)})
     fates += Counter("kept" if verdict == "passed" else verdict for verdict in verdicts)
     return [program for program, verdict in zip(new, verdicts, strict=True) if verdict == "passed"], fates

@@ -227,6 +227,16 @@ def test_the_exported_tokenizer_gives_the_same_ids():
 # ------------------------------------------------------------------------------------------------------------------ in
 
 
+def write_parts(folder, name, tensors, write):
+    """Tensors in two files and an index of them."""
+    stem, suffix = name.split(".")
+    keys = {f"{stem}-0000{n + 1}-of-00002.{suffix}": [*tensors][n::2] for n in range(2)}
+    for file, some in keys.items():
+        write(folder / file, {key: tensors[key] for key in some})
+    index = {"weight_map": {key: file for file, some in keys.items() for key in some}}
+    (folder / f"{name}.index.json").write_text(json.dumps(index))
+
+
 def crystal_folder(folder, **changes):
     """As LLM360 released it, at a small size: two pytorch_model parts, an index, tables, a copy of the head."""
     config = {
@@ -250,14 +260,7 @@ def crystal_folder(folder, **changes):
     extra |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
-    halves = [{}, {}]
-    for n, (name, tensor) in enumerate((weights | extra).items()):
-        halves[n % 2][name] = tensor
-    for name, half in zip(names, halves, strict=True):
-        torch.save(half, folder / name)
-    index = {"weight_map": {key: name for name, half in zip(names, halves, strict=True) for key in half}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    write_parts(folder, "pytorch_model.bin", weights | extra, lambda path, some: torch.save(some, path))
     return config, {name: tensor.double() for name, tensor in weights.items()}
 
 
@@ -302,11 +305,7 @@ def llama_folder(folder, weights=None, **changes):
     made = {name: tensor for name, tensor in made.items() if tensor is not None}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    files = {"model-00001-of-00002.safetensors": [*made][::2], "model-00002-of-00002.safetensors": [*made][1::2]}
-    for name, keys in files.items():
-        convert.write_safetensors(folder / name, {key: made[key] for key in keys})
-    index = {"weight_map": {key: name for name, keys in files.items() for key in keys}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_parts(folder, "model.safetensors", made, convert.write_safetensors)
     return config, {name: tensor.double() for name, tensor in made.items()}
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -81,8 +82,8 @@ def test_a_study_trains_once_and_its_table_is_that_of_the_runs(tiny, inside, dat
     assert study.main([*command, "--dry"]) == 0
     assert "8 runs" in capsys.readouterr().out and not inside
     assert study.main(command) == 0
-    trained = [c for c in inside if c[0].endswith("train.py")]
-    assert len(trained) == len(inside) / 2 == 8
+    trained, asked = ([c for c in inside if c[0].endswith(name)] for name in ("train.py", "eval.py"))
+    assert len(trained) == 8 and len(asked) == 6  # both runs that others begin from end no variant
     said = capsys.readouterr().out
     inside.clear()
     assert study.main(command) == 0 and not inside
@@ -91,7 +92,8 @@ def test_a_study_trains_once_and_its_table_is_that_of_the_runs(tiny, inside, dat
     ends = study.plan(study.load_study(tiny), {})
     bits = {}
     for place, (last, _) in ends.items():
-        scores = json.loads((tmp_path / "runs" / last.key / "eval.json").read_text())["tasks"]
+        (path,) = (tmp_path / "runs" / last.key).glob("eval-*.json")
+        scores = json.loads(path.read_text())["tasks"]
         assert scores.keys() == {"text", "code"}  # both sources, whatever was trained on
         bits[place] = scores["code"]["scores"]["bpb"]["mean"]
     table = json.loads((tmp_path / "runs/tiny.json").read_text())["tables"]["as trained"]["code"]
@@ -107,28 +109,34 @@ def test_a_study_trains_once_and_its_table_is_that_of_the_runs(tiny, inside, dat
     assert study.main([*command, "--table"]) == 0
     assert (tmp_path / "runs/tiny.png").read_text() == repr(sorted(ends))
     assert study.main([*command, "--eval_examples=5"]) == 0
-    assert len([c for c in inside if c[0].endswith("eval.py")]) == 8  # asked for less, evaluated again
+    assert len(inside) == 12 and sum(c[0].endswith("eval.py") for c in inside) == 6  # asked for less, evaluated again
+    fewer = json.loads((tmp_path / "runs/tiny.json").read_text())["tables"]["as trained"]["code"]
+    assert fewer["both"][0][0] != table["both"][0][0]
+    inside.clear()
+    assert study.main(command) == 0 and not inside  # what it was asked before is still there
+    assert json.loads((tmp_path / "runs/tiny.json").read_text())["tables"]["as trained"]["code"] == table
 
 
 def test_intervals_hold_95_percent_of_student():
-    for freedom, t in enumerate(study.STUDENT, 1):
-        x = np.linspace(-t, t, 200_001)
+    for freedom in (*range(1, 15), 30, 100):
+        x = np.linspace(-1, 1, 200_001) * study.student(freedom)
         density = np.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-        assert np.trapezoid(density * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x) == pytest.approx(0.95, abs=1e-4)
+        inside = np.trapezoid(density * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x)
+        assert inside == pytest.approx(0.95, abs=1e-4)
     mean, half = study.mean_interval([1.0, 2.0, 6.0])
     assert mean == 3.0 and half == pytest.approx(4.303 * math.sqrt(7) / math.sqrt(3))
     assert math.isnan(study.mean_interval([1.0])[1])
 
 
 def numbers(out):
-    return {path.parent.name: json.loads(path.read_text())["measures"] for path in out.glob("*/result.json")}
+    return {path.parent.name: json.loads(path.read_text())["measures"] for path in out.glob("*/result-*.json")}
 
 
 def test_killed_and_shared_studies_give_the_same_numbers_and_train_nothing_twice(tiny, inside, tmp_path):
     assert study.main([str(tiny), f"--out={tmp_path / 'whole'}", "--eval_examples=9"]) == 0
     command = [sys.executable, str(ROOT / "study.py"), str(tiny), f"--out={tmp_path / 'runs'}", "--eval_examples=9"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not list((tmp_path / "runs").glob("*/result.json")):
+    while not list((tmp_path / "runs").glob("*/result-*.json")):
         time.sleep(0.2)
     time.sleep(3)  # in the midst of the second run
     first.kill()
@@ -152,7 +160,7 @@ def fake_runs(folder, truth, mixtures, seeds=3, **other):
             noise = 1e-4 * dice.standard_normal(len(mix))
             measures = dict(zip(mix, truth(weights / weights.sum()) + noise, strict=True))
             made = {"mix": mix, "parent": None, "decides": "x", "evaluation": {}, "measures": measures} | other
-            path = folder / f"{n}-{seed}-{len(list(folder.glob('*')))}" / "result.json"
+            path = folder / f"{n}-{seed}-{len(list(folder.glob('*')))}" / "result-0.json"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps(made))
 
@@ -178,6 +186,7 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
     fake_runs(tmp_path, truth, mixtures)
     fake_runs(tmp_path, lambda w: w * 0 + 9, mixtures[:5], decides="y")  # of another configuration
     fake_runs(tmp_path, lambda w: w * 0 + 9, mixtures[:5], parent="z")
+    fake_runs(tmp_path, lambda w: w, [*mixtures, {"a": 1.0}], measures={}, evaluation=None)  # not evaluated
     runs = mixture.finished(tmp_path)
     assert len(runs) == 14 and all(len(some) == 3 for some in runs.values())
     weights = np.array([[w for _, w in mix] for mix in runs])
@@ -225,10 +234,69 @@ def test_bad_input_gets_one_line(change, arguments, word, tiny):
     assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def all_sources(data, tmp_path_factory):
+    """A folder with every source that a study or config names; all but text are code."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("text", "code", "quality", "adjacent", "synthetic", "few"):
+        (folder / name).symlink_to(data / ("text" if name == "text" else "code"))
+    return folder
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "study").glob("*.py")), ids=lambda path: path.stem)
-def test_the_studies_that_are_shipped_can_be_planned(path, data):
-    study_ = study.load_study(path)
-    ends = study.plan(study_, {"data": str(data)})
-    pairs = [pair for (variant, _), pair in ends.items() if "added" not in variant]
+def test_the_studies_that_are_shipped_can_be_planned(path, all_sources):
+    ends = study.plan(study.load_study(path), {"data": str(all_sources)})
+    meant = ("added", "longer", "1 epoch")  # to be of another length
+    pairs = [pair for (variant, _), pair in ends.items() if not any(word in variant for word in meant)]
     totals = {sum(r.tokens for r in (cold or warm).line()) for warm, cold in pairs}
     assert max(totals) - min(totals) <= 3 * 4096  # the same tokens for all, but for rounding to steps
+
+
+ONE = SimpleNamespace(key="one")
+LONG = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+WORKER = """
+import study, sys
+from pathlib import Path
+from test_study import ONE
+folder = Path(sys.argv[1])
+with study.claimed(ONE, folder) as claim:
+    try:
+        study.Worker().do([str(folder / "long.py")], folder / "log", claim)
+    except study.Stopped:
+        print("stopped")
+"""
+
+
+def test_a_run_is_taken_by_one_process(tmp_path):
+    with study.claimed(ONE, tmp_path) as mine:
+        with study.claimed(ONE, tmp_path) as again:
+            assert mine and again is None
+        with study.claimed(SimpleNamespace(key="other"), tmp_path) as other:
+            assert other
+    with study.claimed(ONE, tmp_path) as again:
+        assert again
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_worker_started_is_told_to_stop_or_keeps_the_run_when_the_worker_is_dead(number, tmp_path):
+    (tmp_path / "long.py").write_text(LONG)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WORKER, tmp_path]
+    worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "log"
+    while not (log.exists() and "ready" in log.read_text()):
+        time.sleep(0.1)
+        assert worker.poll() is None
+    worker.send_signal(number)
+    said = worker.communicate(timeout=30)[0]
+    if number == signal.SIGTERM:
+        assert said == "stopped\n" and log.read_text() == "ready\nsaved\n"
+    else:
+        with study.claimed(ONE, tmp_path) as again:
+            assert again is None
+        subprocess.run(["pkill", "-f", str(tmp_path / "long.py")], check=True)

@@ -829,7 +829,12 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     return lr, norm
 
 
-def log_evaluation(log, phase, step, values, scores):
+def measure(run, phase, log, step):
+    """Evaluate, score the tasks, and log both. False if `stop` came up before the end."""
+    values = evaluate(run.model, run.sets, phase, run.device, run.stop)
+    scores = None if values is None else score_tasks(run.model, run.tasks, run.encoding, phase, run.stop)
+    if scores is None:
+        return False
     log.write(step, {"val": values} | ({"tasks": scores} if scores else {}))
     bits = {name: f" ({v['bpb']:.4f} bits/byte)" if v["bpb"] else "" for name, v in values.items()}
     each = "   ".join(f"{name} {v['loss']:.4f}{bits[name]}" for name, v in values.items())
@@ -839,6 +844,7 @@ def log_evaluation(log, phase, step, values, scores):
             f"{name} {100 * v['acc']:.1f}" if "chance" in v else f"{name} {v['bpb']:.3f}" for name, v in scores.items()
         )
         tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  tasks, accuracy in % or bits/byte: {each}")
+    return True
 
 
 def log_training(log, phase, step, sums, skips, lr, norm, speed, mfu):
@@ -942,11 +948,8 @@ def train_phase(run, phase, state, parent):
     since, done = (time.perf_counter(), step), False  # where the log line under way began
     while (why := run.stop.agreed(saver.failed())) != "failed":
         if not why and evaluated != step and (step in (0, phase.steps) or due(cfg.eval_every)):
-            values = evaluate(model, run.sets, phase, run.device, run.stop)
-            scores = None if values is None else score_tasks(model, run.tasks, run.encoding, phase, run.stop)
-            if scores is None:
+            if not measure(run, phase, log, step):
                 continue  # and hear why it was stopped
-            log_evaluation(log, phase, step, values, scores)
             evaluated, since = step, (time.perf_counter(), step)
         done = step == phase.steps == evaluated
         if why and not done:

@@ -1,20 +1,24 @@
-"""CodeGen2's lessons on objectives and mixtures: what does it cost to train for more than the next token?
+"""CodeGen2's lessons 1 to 4: what does it cost to train for more than the next token, and on more than code?
 
 python study.py study/codegen2.py --data=FOLDER --eval_tasks=FOLDER
 
-Every variant sees the same number of tokens. All of a row is trained on but a prefix, so `prefix` has fewer that teach.
+All variants see the same number of tokens, and train on all of them, spans and parts of infilling included; a prefix is
+not trained on, on average half of a document. The longer prefix-LM has as many trained tokens as the others.
 """
 
 _causal = "config/codegen2/causal_span.py"
+_prefix = "config/codegen2/lesson1_prefix.py"
+_mixture = "config/codegen2/lesson4_mixture.py"
 
 variants = {
     "causal": [(_causal, {"objective": {}})],
-    "spans masked, half": [_causal],
+    "prefix-LM": [_prefix],
+    "prefix-LM, longer": [(_prefix, {"share": 2.0})],
     "PSM, half": ["config/codegen2/lesson2_infill.py"],
     "PSM and SPM, 0.9": [(_causal, {"objective": {"code": "fim(0.9)"}})],
-    "prefix-LM": ["config/codegen2/lesson1_prefix.py"],
-    "half text": ["config/codegen2/lesson4_mixture.py"],
-    "text": [("config/codegen2/lesson4_mixture.py", {"mix": {"text": 1.0}})],
+    "spans, half": [_causal],
+    "half text": [_mixture],
+    "text": [(_mixture, {"mix": {"code": 0, "text": 1}})],
 }
 baseline = "causal"
-tasks = "code_spans,code_lines,quick"
+tasks = "quick,code_spans"

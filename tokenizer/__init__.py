@@ -4,7 +4,7 @@ The tokenizer: 32,000 byte-level BPE ranks (nanocrystal.tiktoken, made by train.
     encoding = tokenizer.load()                       # all 32,064 ids
     encoding = tokenizer.load(vocab_size=8192)        # the first 8,128 ranks and the 64 special ids
     encoding = tokenizer.load("gpt2")                 # any tiktoken encoding whose ids fit uint16
-    encoding = tokenizer.load("out/llama/tokenizer.json")  # a file of Hugging Face's library `tokenizers`
+    encoding = tokenizer.load("out/llama/tokenizer.json")  # a file of Hugging Face's `tokenizers`
 
 - Ranks are in the order the merges were made, so a smaller vocabulary is a prefix of a larger one, and is the
   vocabulary that training to that size would have given.
@@ -91,7 +91,7 @@ def byte_characters():
 
 
 class FileEncoding:
-    """A tokenizer.json, run by the library `tokenizers`, with what is used here of tiktoken.Encoding's interface.
+    """A tokenizer.json, run by Hugging Face's `tokenizers`, with what is used here of tiktoken.Encoding's interface.
 
     Byte-level BPE (GPT-2, Llama 3) and SentencePiece's BPE with bytes for rare characters (Llama 2, Crystal). What its
     text calls </s> or <|end_of_text|> is <|endoftext|> here. Raises TokenizerError.
@@ -101,22 +101,22 @@ class FileEncoding:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise TokenizerError(f"{path} needs a library: pip install tokenizers") from None
+            raise TokenizerError(f"{path} needs a package: pip install tokenizers") from None
         try:
-            library = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises this very class
+            bpe = Tokenizer.from_file(str(path))
+        except Exception as error:  # it raises this very class
             raise TokenizerError(f"{path}: {error}") from None
-        library.encode_special_tokens = True  # text that spells a special token stays text
-        self.name, self.library, self._pat_str = str(path), library, Path(path).read_text()
-        vocabulary, self.n_vocab = library.get_vocab(), max(library.get_vocab().values()) + 1
-        self._special_tokens = {t.content: i for i, t in library.get_added_tokens_decoder().items() if t.special}
+        bpe.encode_special_tokens = True  # text that spells a special token stays text
+        self.name, self.bpe, self._pat_str = str(path), bpe, Path(path).read_text()
+        vocabulary, self.n_vocab = bpe.get_vocab(), max(bpe.get_vocab().values()) + 1
+        self._special_tokens = {t.content: i for i, t in bpe.get_added_tokens_decoder().items() if t.special}
         ends = [name for name in ("<|endoftext|>", "</s>", "<|end_of_text|>") if name in self._special_tokens]
         if not ends or self.n_vocab > 1 << 16:
             why = f"{self.n_vocab:,} ids, more than uint16 holds" if ends else "no end of text among its special tokens"
             raise TokenizerError(f"{path} has {why}")
         self._special_tokens["<|endoftext|>"] = self._special_tokens[ends[0]]
         self.special_tokens_set = set(self._special_tokens)
-        added = library.encode("").ids  # what it puts before a text
+        added = bpe.encode("").ids  # what it puts before a text
         self.start = added[0] if added else self._special_tokens["<|endoftext|>"]
         self.byte_level = {c: byte for byte, c in enumerate(byte_characters())} if "ByteLevel" in self._pat_str else {}
         self.token_bytes = [b""] * self.n_vocab
@@ -132,7 +132,7 @@ class FileEncoding:
         return token.replace("▁", " ").encode()
 
     def encode_ordinary(self, text):
-        return self.library.encode(text, add_special_tokens=False).ids
+        return self.bpe.encode(text, add_special_tokens=False).ids
 
     def encode_to_numpy(self, text, disallowed_special=()):
         return np.array(self.encode_ordinary(text), np.uint32)
@@ -149,13 +149,13 @@ class FileEncoding:
     def _encode_single_piece(self, piece):
         """Ids of bytes that may begin and end inside characters, without what goes before a text."""
         if self.byte_level:
-            return [t.id for t in self.library.model.tokenize("".join(byte_characters()[byte] for byte in piece))]
+            return [t.id for t in self.bpe.model.tokenize("".join(byte_characters()[byte] for byte in piece))]
         ids = []
         for part in re.split("([\udc80-\udcff])", piece.decode(errors="surrogateescape").replace(" ", "▁")):
             if part and "\udc80" <= part <= "\udcff":
-                ids.append(self.library.token_to_id(f"<0x{ord(part) & 0xFF:02X}>"))
+                ids.append(self.bpe.token_to_id(f"<0x{ord(part) & 0xFF:02X}>"))
             else:
-                ids += [t.id for t in self.library.model.tokenize(part)]
+                ids += [t.id for t in self.bpe.model.tokenize(part)]
         return ids
 
 
