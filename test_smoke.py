@@ -478,6 +478,12 @@ def test_the_seven_named_learning_rates_of_crystal():  # T2
     cosine = train.Config(lr=1.0, lr_end=0.1, decay="cosine", warmup=10)
     assert train.lr_at(55, 100, cosine) == pytest.approx(0.55) and train.lr_at(100, 100, cosine) == pytest.approx(0.1)
     assert train.lr_at(50, 100, train.Config(lr=2.0, decay="constant", warmup=0.1)) == 2.0
+    for decay in ("cosine", "linear"):  # one curve over two phases
+        whole = train.Config(lr=1.0, lr_end=0.1, decay=decay, warmup=0)
+        halves = [dataclasses.replace(whole, decay_part=part) for part in ([0, 0.5], [0.5, 1])]
+        apart = [train.lr_at(step, 50, half) for half in halves for step in range(1, 51)]
+        assert apart == pytest.approx([train.lr_at(step, 100, whole) for step in range(1, 101)])
+    assert train.lr_at(5, 50, train.Config(lr=1.0, decay_part=[0.5, 1.0], warmup=10)) == pytest.approx(0.25)
 
 
 def test_the_laptop_phases_keep_crystals_proportions():  # T3
@@ -960,6 +966,7 @@ MISTAKES = {
     "a near miss": (["--epochs_mx=2"], "did you mean 'epochs_max'"),
     "a wrong type": (["--lr=fast"], "lr = 'fast' is not of type float"),
     "no such choice": (["--decay=exponential"], "linear, cosine, constant"),
+    "no part of a decay": (["--decay_part=[0.5, 0.2]"], "decay_part = [0.5, 0.2] is not two numbers"),
     "a config that does not exist": (["nowhere.py"], "there is no config file nowhere.py"),
     "more epochs than allowed": (["--epochs_max=0.01"], "epochs_max"),
     "a batch that does not divide": (["--batch=500"], "batch = 500 tokens is not a multiple of block_size = 32"),

@@ -101,6 +101,7 @@ class Config:
     lr: float = 0.0  # at the phase's peak, 0: lr_peak; hidden matrices get lr * mup_base / n_embd
     lr_end: float = 0.0  # at the phase's last step
     decay: str = "linear"  # from lr to lr_end: linear, cosine or constant
+    decay_part: list = field(default_factory=lambda: [0.0, 1.0])  # of it that this phase goes through
     warmup: float = 0.03  # from 0 to lr: steps, or a share of the phase if below 1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -151,6 +152,9 @@ class Config:
                 raise ConfigError(f"{name} = {value} is not below 1")
         if not self.mix or not all(isinstance(source, str) for source in self.mix):
             raise ConfigError(f"mix = {self.mix!r} names no sources; for example {{'text': 0.5, 'code': 0.5}}")
+        part = self.decay_part
+        if len(part) != 2 or not all(type(n) in (int, float) for n in part) or not 0 <= part[0] < part[1] <= 1:
+            raise ConfigError(f"decay_part = {part!r} is not two numbers from 0 to 1, the smaller one first")
         if unknown := sorted({*self.objective} - {*self.mix, "*"}):
             raise ConfigError(f"objective names {', '.join(unknown)}, but mix only {', '.join(self.mix)}")
         try:  # as text, each in one form, for logs and checkpoints
@@ -196,16 +200,14 @@ def check_phases(named):
 
 
 def lr_at(step, steps, cfg):
-    """Learning rate of update `step` (1 .. steps): linear from 0 over the warmup, then cfg.decay to lr_end."""
+    """Learning rate of update `step` (1 .. steps): linear from 0 over the warmup, then cfg.decay_part of cfg.decay."""
     warmup = cfg.warmup * steps if cfg.warmup < 1 else cfg.warmup
-    if step < warmup:
-        return cfg.lr * step / warmup
-    if cfg.decay == "constant" or steps <= warmup:
-        return cfg.lr
-    progress = (step - warmup) / (steps - warmup)
+    first, last = cfg.decay_part
+    progress = first + (last - first) * (max(step, warmup) - warmup) / max(1, steps - warmup)
     if cfg.decay == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
-    return cfg.lr + (cfg.lr_end - cfg.lr) * progress
+    lr = cfg.lr if cfg.decay == "constant" else cfg.lr + (cfg.lr_end - cfg.lr) * progress
+    return lr * step / warmup if step < warmup else lr
 
 
 def phase_steps(name, cfg):
@@ -313,7 +315,8 @@ def print_phase(phase):
     lr_end = cfg.lr if cfg.decay == "constant" else cfg.lr_end
     many = f"{world()} processes x " if world() > 1 else ""
     shape = f"{phase.steps:,} steps of {many}{phase.micro_steps} x {phase.micro} rows"
-    rate = f"lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}, warmup {warmup:,} steps"
+    part = "" if cfg.decay_part == [0, 1] else " from {:g} to {:g} of it".format(*cfg.decay_part)
+    rate = f"lr {cfg.lr:.4g} -> {lr_end:.4g} {cfg.decay}{part}, warmup {warmup:,} steps"
     print(f"{phase.name:<8} {si(tokens)} tokens = {shape}; {rate}")
     first, last = phase.mix.drawn(0), phase.mix.drawn(phase.mix.samples)
     batch = phase.mix.vocabulary and phase.mix.batch(0, min(phase.mix.samples, 512))

@@ -1,4 +1,4 @@
-"""To Code, or Not To Code (arXiv 2408.10914), Table 2: text only. And what all of its phases share, at laptop size.
+r"""To Code, or Not To Code (arXiv 2408.10914), Table 2: text only. And what all of its phases share, at laptop size.
 
 python train.py config/tocode/text.py --share=0.909                                             # text-only
 python train.py config/tocode/balanced.py --share=0.909                                         # balanced-only
@@ -7,7 +7,12 @@ python train.py config/tocode/code.py config/tocode/continued.py config/tocode/c
 python train.py config/tocode/cooldown.py --init_from=out/text                                  # after text-only
 
 Budgets are 5 : 5 : 1, as the paper's 200B, 200B and 40B; text-only and balanced-only take both fives in one phase. Each
-phase has its own cosine with warmup, from Adam's moments at zero (rewarm, reset): --carry_optimizer=True keeps them.
+phase has its own cosine with warmup, from Adam's moments at zero (rewarm, reset). To continue one cosine, and carry:
+
+python train.py config/tocode/code.py --decay_part="[0, 0.5]"
+python train.py config/tocode/continued.py --decay_part="[0.5, 1]" --warmup=0 --carry_optimizer=True \
+    --init_from=out/code
+
 The paper does not say which it did, nor its peak rate, floor, positions or norm: these are ours.
 """
 
