@@ -33,9 +33,9 @@ def finished(folder):
     families = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder).glob("*/result-*.json")):
         result = json.loads(path.read_text())
-        if result["measures"] and not result["parent"]:
-            alike = json.dumps([result["decides"], result["evaluation"]], sort_keys=True)
-            families[alike][tuple(sorted(result["mix"].items()))].append(result["measures"])
+        if not result["parent"]:
+            family = families[result["decides"], result["evaluation"]["key"]]
+            family[tuple(sorted(result["mix"].items()))].append(result["measures"])
     if not families:
         raise MixtureError(f"{folder} has no finished runs from scratch; see study.py")
     return dict(max(families.values(), key=len))

@@ -154,6 +154,17 @@ def flops_per_token(cfg, vocabulary):
         return GPT(train.model_config(cfg, vocabulary)).flops_per_token()
 
 
+def evaluation_of(study, ends, data, folder, examples, dtype):
+    """Options of eval.py, and a `key` of what decides its numbers: those and contents, wherever these lie."""
+    sources = sorted({source for pair in ends.values() for run in pair[0].line() for source, _ in run.mix})
+    tasks = [name for name in study["tasks"].split(",") if folder or name.endswith(("_spans", "_lines"))]
+    contents = [prepared(Path(data) / name) for name in sources]
+    if folder:
+        contents += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).glob("*.jsonl*"))]
+    asked = {"tasks": ",".join(sources + tasks), "limit": examples, "dtype": dtype}
+    return asked | {"sources": data, "data": folder, "key": digest([asked, contents])}
+
+
 def all_runs(ends, evaluation):
     """{run: what eval.py is asked about it, nothing if no variant ends with it}, those that others begin from first."""
     shown = [end for pair in ends.values() for end in pair if end]
@@ -167,9 +178,13 @@ class Stopped(Exception):
     """A signal asked this process to end."""
 
 
+def result_path(run, out, evaluation):
+    return out / run.key / (f"result-{evaluation['key']}.json" if evaluation else "result.json")
+
+
 def results(run, out, evaluation):
-    """What a finished run was measured at by eval.py with these options, or None."""
-    path = out / run.key / f"result-{digest(evaluation)}.json"
+    """What is known of a finished run, if it was evaluated so; else None."""
+    path = result_path(run, out, evaluation)
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -230,8 +245,8 @@ def work(run, out, evaluation, worker, claim):
         )
     scores = {"tasks": {}, "groups": {}}
     if evaluation:
-        to = out / run.key / f"eval-{digest(evaluation)}.json"
-        options = [f"--{name}={value}" for name, value in evaluation.items() if value]
+        to = out / run.key / f"eval-{evaluation['key']}.json"
+        options = [f"--{name}={value}" for name, value in evaluation.items() if value and name != "key"]
         worker.do([str(here / "eval.py"), str(run.folder(out)), f"--out={to}", *options], to.with_suffix(".log"), claim)
         scores = json.loads(to.read_text())
     made = {
@@ -239,7 +254,7 @@ def work(run, out, evaluation, worker, claim):
         "decides": run.decides, "parent": run.parent and run.parent.key, "tokens": run.tokens, "flops": run.flops,
         "seconds": [round(trained - start), round(time.perf_counter() - trained)], "measures": measures(scores),
     }  # fmt: skip
-    checkpoint.write_json(out / run.key / f"result-{digest(evaluation)}.json", made)
+    checkpoint.write_json(result_path(run, out, evaluation), made)
 
 
 def measures(scores):
@@ -295,12 +310,11 @@ def student(freedom):
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + third
 
 
-def compare(study, ends, which, found):
+def compare(study, values):
     """{measure: {variant: ((mean, half interval) of its values, (..) of its differences from the baseline, or None if
-    it is the baseline)}}, over the seeds at which both are there. which: 0 as trained, 1 after the cooldown. found:
-    {key: measures}."""
+    it is the baseline)}}, over the seeds at which both are there; no accuracies at which all variants may be guessing.
+    values: {(variant, seed): {measure: value}}."""
     made = {}
-    values = {place: found[pair[which].key] for place, pair in ends.items() if pair[which] and pair[which].key in found}
     names = list(dict.fromkeys(name for one in values.values() for name in one))
     for name in names:
         for variant in study["variants"]:
@@ -310,7 +324,11 @@ def compare(study, ends, which, found):
                 mine, base = ([values[v, s][name] for s in seeds] for v in (variant, study["baseline"]))
                 difference = None if variant == study["baseline"] else mean_interval(np.subtract(mine, base))
                 made.setdefault(name, {})[variant] = mean_interval(mine), difference
-    return made
+
+    def guessed(of):
+        return all(mean <= np.nan_to_num(half) for (mean, half), _ in of.values())
+
+    return {name: of for name, of in made.items() if not (name.endswith(" acc") and guessed(of))}
 
 
 def print_table(table, study, ends, which):
@@ -377,24 +395,26 @@ def plot(tables, study, to):
 
 def show(study, ends, out, evaluation, to):
     """Print the tables of what is there, matched cooldown first; write them with the picture as `to`.json and .png."""
-    runs = all_runs(ends, evaluation)
-    found = {run.key: one["measures"] for run in runs if runs[run] and (one := results(run, out, runs[run]))}
     about = f"means over {len(study['seeds'])} seeds of {study['baseline']}, and how far the others are from it"
-    cooled, tables = bool(study["cooldown"]), {}
-    for which, title in ((1, "after the same cooldown"), (0, "as trained, without it" if cooled else "as trained")):
-        if table := compare(study, ends, which, found):
-            tables[title] = table
-            print(f"\n{title}; {about}")
+    titles = ["as trained, without it" if study["cooldown"] else "as trained", "after the same cooldown"]
+    tables, each = {}, {}
+    for which in (1, 0):
+        found = {place: results(pair[which], out, evaluation) for place, pair in ends.items() if pair[which]}
+        values = {place: one["measures"] for place, one in found.items() if one}
+        if table := compare(study, values):
+            tables[titles[which]] = table
+            each[titles[which]] = [{"variant": place[0], "seed": place[1], **some} for place, some in values.items()]
+            print(f"\n{titles[which]}; {about}")
             print_table(table, study, ends, which)
     if tables:
-        print("\nbits per byte of held-out sources and of right answers: less is better; acc, 0 chance to 1: more")
+        print("\nbits per byte of held-out sources and of right answers: less is better")
+        print("acc: 0 chance, 1 all right; left out where every variant may be guessing")
         print("* the 95% interval over seeds, paired, is clear of zero; of 20 such marks one is expected by chance")
         plain = {name: value for name, value in study.items() if name != "picture"}
-        checkpoint.write_json(to.with_suffix(".json"), {"study": plain, "tables": tables})
+        checkpoint.write_json(to.with_suffix(".json"), {"study": plain, "tables": tables, "runs": each})
         try:
             if study["picture"]:
-                values = {place: found[last.key] for place, (last, _) in ends.items() if last.key in found}
-                study["picture"](values, to.with_suffix(".png"))
+                study["picture"](values, to.with_suffix(".png"))  # as trained
             else:
                 plot(tables, study, to.with_suffix(".png"))
         except ImportError:
@@ -440,11 +460,8 @@ def main(argv):
         study = load_study(args.study)
         ends = plan(study, knobs)
         data = knobs.get("data") or study["knobs"].get("data", train.Config.data)
-        tasks = sorted({source for pair in ends.values() for run in pair[0].line() for source, _ in run.mix})
-        held_out = ("_spans", "_lines")  # holes in those
-        tasks += [name for name in study["tasks"].split(",") if args.eval_tasks or name.endswith(held_out)]
-        evaluation = {"sources": data, "data": args.eval_tasks, "tasks": ",".join(tasks), "limit": args.eval_examples}
-        evaluation["dtype"] = (study["knobs"] | knobs).get("dtype", "").replace("auto", "")
+        dtype = (study["knobs"] | knobs).get("dtype", "").replace("auto", "")
+        evaluation = evaluation_of(study, ends, data, args.eval_tasks, args.eval_examples, dtype)
         if args.dry:
             show_cost(study, ends, args.out, evaluation)
             return 0

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,15 +129,41 @@ def test_intervals_hold_95_percent_of_student():
     assert math.isnan(study.mean_interval([1.0])[1])
 
 
+def test_accuracies_of_guesses_are_left_out_of_the_table():
+    about = {"variants": {"a": [], "b": []}, "baseline": "a", "seeds": (1, 2, 3)}
+    values = {("a", seed): {"x acc": 0.01 * (seed - 2), "y acc": 0.01 * (seed - 2), "z": 1.0} for seed in (1, 2, 3)}
+    values |= {("b", seed): {"x acc": 0.02 * (2 - seed), "y acc": 0.3 + 0.01 * seed, "z": 1.0} for seed in (1, 2, 3)}
+    assert [*study.compare(about, values)] == ["y acc", "z"]
+    one = {place: some for place, some in values.items() if place[1] == 1}
+    assert [*study.compare(about, one)] == ["x acc", "y acc", "z"]  # one seed has no interval to reach chance with
+
+
+def test_results_go_by_what_is_evaluated_and_not_by_where_it_lies(tiny, data, tmp_path):
+    def key(data, tasks, examples=9):
+        study_ = study.load_study(tiny)
+        ends = study.plan(study_, {"data": str(data)})
+        return study.evaluation_of(study_, ends, str(data), str(tasks), examples, "")["key"], keys(ends)
+
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/piqa.jsonl").write_text("1")
+    first = key(data, tmp_path / "tasks")
+    shutil.copytree(data, tmp_path / "elsewhere")
+    (tmp_path / "tasks").rename(tmp_path / "moved")
+    assert key(tmp_path / "elsewhere", tmp_path / "moved") == first
+    assert key(data, tmp_path / "moved", 8)[0] != first[0]
+    (tmp_path / "moved/piqa.jsonl").write_text("2")
+    assert key(data, tmp_path / "moved")[0] != first[0]
+
+
 def numbers(out):
-    return {path.parent.name: json.loads(path.read_text())["measures"] for path in out.glob("*/result-*.json")}
+    return {path.parent.name: json.loads(path.read_text())["measures"] for path in out.glob("*/result*.json")}
 
 
 def test_killed_and_shared_studies_give_the_same_numbers_and_train_nothing_twice(tiny, inside, tmp_path):
     assert study.main([str(tiny), f"--out={tmp_path / 'whole'}", "--eval_examples=9"]) == 0
     command = [sys.executable, str(ROOT / "study.py"), str(tiny), f"--out={tmp_path / 'runs'}", "--eval_examples=9"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not list((tmp_path / "runs").glob("*/result-*.json")):
+    while not list((tmp_path / "runs").glob("*/result*.json")):
         time.sleep(0.2)
     time.sleep(3)  # in the midst of the second run
     first.kill()
@@ -159,7 +186,13 @@ def fake_runs(folder, truth, mixtures, seeds=3, **other):
             weights = np.array(list(mix.values()))
             noise = 1e-4 * dice.standard_normal(len(mix))
             measures = dict(zip(mix, truth(weights / weights.sum()) + noise, strict=True))
-            made = {"mix": mix, "parent": None, "decides": "x", "evaluation": {}, "measures": measures} | other
+            made = {
+                "mix": mix,
+                "parent": None,
+                "decides": "x",
+                "evaluation": {"key": "z"},
+                "measures": measures,
+            } | other
             path = folder / f"{n}-{seed}-{len(list(folder.glob('*')))}" / "result-0.json"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps(made))
@@ -186,7 +219,7 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
     fake_runs(tmp_path, truth, mixtures)
     fake_runs(tmp_path, lambda w: w * 0 + 9, mixtures[:5], decides="y")  # of another configuration
     fake_runs(tmp_path, lambda w: w * 0 + 9, mixtures[:5], parent="z")
-    fake_runs(tmp_path, lambda w: w, [*mixtures, {"a": 1.0}], measures={}, evaluation=None)  # not evaluated
+    fake_runs(tmp_path, lambda w: w * 0 + 9, mixtures[:5], evaluation={"key": "y"})
     runs = mixture.finished(tmp_path)
     assert len(runs) == 14 and all(len(some) == 3 for some in runs.values())
     weights = np.array([[w for _, w in mix] for mix in runs])
