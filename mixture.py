@@ -5,7 +5,8 @@ mixtures it has not seen, and proposes one (the idea of RegMix, arXiv 2407.01492
     python mixture.py studies --goal text=0.5,code=0.5       # the least mean of bits per byte, weighted like this
 
 Features are log-ratios of the weights to the first source's, and their squares and products where there are mixtures
-enough; least squares with a ridge, chosen by what predicts best. Errors are of mixtures left out, with all their seeds.
+enough; least squares with a ridge, chosen by what predicts best. Errors are of mixtures left out with all their seeds,
+of the choice as well as of the fit.
 What is proposed lies between the mixtures that were tried: beyond them nothing is known.
 """
 
@@ -15,6 +16,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +34,10 @@ def finished(folder):
     that differ in nothing but mixture and seed; the largest such family."""
     families = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder).glob("*/result-*.json")):
-        result = json.loads(path.read_text())
-        if not result["parent"]:
-            family = families[result["decides"], result["evaluation"]["key"]]
-            family[tuple(sorted(result["mix"].items()))].append(result["measures"])
+        result, run = json.loads(path.read_text()), json.loads((path.parent / "trained.json").read_text())
+        if not run["parent"]:
+            family = families[run["decides"], result["evaluation"]["key"]]
+            family[tuple(sorted(run["mix"].items()))].append(result["measures"])
     if not families:
         raise MixtureError(f"{folder} has no finished runs from scratch; see study.py")
     return dict(max(families.values(), key=len))
@@ -57,25 +59,32 @@ def ridge(x, y, strength):
     return np.linalg.solve(x.T @ x + penalty, x.T @ y)
 
 
-def left_out(weights, y, degree, strength):
-    """What is predicted for every mixture from the others, (n,)."""
-    x, made = features(weights, degree), np.empty(len(y))
+def left_out(weights, y, predict):
+    """What is predicted for every mixture from the others, (n,). predict: function of weights and y of some mixtures
+    and weights (m, sources) of others to values (m,)."""
+    made = np.empty(len(y))
     for i in range(len(y)):
         others = np.arange(len(y)) != i
-        made[i] = x[i] @ ridge(x[others], y[others], strength)
+        (made[i],) = predict(weights[others], y[others], weights[i : i + 1])
     return made
 
 
-def fit(weights, y):
-    """(function of weights (n, sources) to predictions (n,), predictions of mixtures left out): the best of all degrees
-    and ridges that leave a mixture to check with."""
-    degrees = [d for d in (1, 2) if features(weights, d).shape[1] < len(y) - 1]
+def with_settings(degree, strength):
+    def predict(weights, y, others):
+        return features(others, degree) @ ridge(features(weights, degree), y, strength)
+
+    return predict
+
+
+def fit_predict(weights, y, others):
+    """Values (m,) at weights `others` (m, sources), fitted to weights (n, sources) and y (n,), with the degree and the
+    ridge that predict best what is left out of these."""
+    degrees = [d for d in (1, 2) if features(weights, d).shape[1] < len(y)]
     if not degrees:
-        raise MixtureError(f"{len(y)} mixtures of {weights.shape[1]} sources are too few to predict another from")
-    tried = {(d, s): left_out(weights, y, d, s) for d in degrees for s in RIDGES}
-    degree, strength = min(tried, key=lambda one: np.abs(tried[one] - y).mean())
-    coefficients = ridge(features(weights, degree), y, strength)
-    return lambda some: features(some, degree) @ coefficients, tried[degree, strength]
+        raise MixtureError(f"too few mixtures of {weights.shape[1]} sources to predict another from")
+    tried = [with_settings(degree, strength) for degree in degrees for strength in RIDGES]
+    best = min(tried, key=lambda predict: np.abs(left_out(weights, y, predict) - y).mean())
+    return best(weights, y, others)
 
 
 def propose(weights, predict, goal, count=20_000, seed=1):
@@ -127,7 +136,7 @@ def main(argv):
         for name in measures:
             seeds = [np.array([one[name] for one in some]) for some in runs.values()]
             y = np.array([values.mean() for values in seeds])
-            predict[name], guesses = fit(weights, y)
+            predict[name], guesses = partial(fit_predict, weights, y), left_out(weights, y, fit_predict)
             noise = math.sqrt(np.mean([values.var(ddof=1) for values in seeds if len(values) > 1] or [math.nan]))
             error, alike = np.abs(guesses - y).mean(), np.corrcoef(guesses, y)[0, 1]
             print(f"{name:<20}{y.min():8.3f}{y.max():8.3f}{error:18.4f}{alike:13.3f}{noise:9.4f}")

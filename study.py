@@ -2,7 +2,8 @@
 
     python study.py study/crystal.py --dry            # what it would cost, and what is there already
     python study.py study/crystal.py                  # train and evaluate what is missing; then the table, the picture
-    python study.py study/crystal.py --budget=50M     # with any knob of train.py, for all its runs
+    python study.py study/crystal.py --budget=50M     # with any knob of train.py that the study leaves alone
+    python study.py study/crystal.py --table          # what is there already; --baseline=VARIANT compares with another
 
 A study is a Python file that names variants, each a list of phases:
 
@@ -16,14 +17,14 @@ A study is a Python file that names variants, each a list of phases:
     def picture(values, to):    # instead of the usual one: {(variant, seed): {measure: value}}, path
 
 Variants that begin with the same phases share the runs of these. A run lives in OUT/<key>, its key made from all that
-decides its numbers: configuration, seed, data, the run before it; what an evaluation gave goes by what it was asked.
+decides its numbers: configuration, arithmetic, seed, data, the run before it; an evaluation goes by what it was asked.
 So the same command continues what was killed, runs nothing twice, also for other studies on the same folder, and after
-one number is changed trains what depends on it.
+one number is changed trains what depends on it. A run that fails is named, and what does not begin from it goes on.
 Several processes, on one machine or many, may work on one folder: each takes a run that no other has.
 
 What variants end with is evaluated by eval.py, on every source that the study names and on its tasks. Differences are
 paired by seed; intervals are Student's, 95%, over seeds: they say how far the mean over new seeds may be, not new data.
-One seed has none.
+One seed has none. Whether two others differ says --baseline=VARIANT, not the overlap of their intervals.
 """
 
 import argparse
@@ -38,6 +39,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -49,7 +51,12 @@ import checkpoint
 import infill
 import train
 from configurator import ConfigError, read_command_line
+from eval import EvalError, floor, read_tasks
+from machine import find_device
+from mix import ALGORITHM
 from model import GPT, PRESETS
+
+HERE = Path(__file__).parent
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5%, of 1 to 9 degrees of freedom
 NORMAL = 1.95996  # of infinitely many
@@ -71,7 +78,7 @@ class Run:
     parent: "Run | None"
     steps: int
     mix: tuple  # ((source, weight), ...)
-    decides: str  # sha256 of all else in the configuration but the seed
+    decides: str  # digest of all else in the configuration but the seed
     tokens: int  # trained here
     flops: float
 
@@ -94,31 +101,44 @@ def load_study(path):
     """The names of OWN in a study file. ConfigError."""
     if not Path(path).is_file():
         raise ConfigError(f"there is no study {path}")
-    found = {name: value for name, value in runpy.run_path(path).items() if not name.startswith("_")}
+    try:
+        found = {name: value for name, value in runpy.run_path(path).items() if not name.startswith("_")}
+    except Exception as error:  # whatever somebody's file does
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     if unknown := [name for name in found if name not in OWN and not callable(found[name])]:
         raise ConfigError(f"{path}: {unknown[0]} is none of {', '.join(OWN)}; begin names of your own with _")
     study = OWN | {name: found[name] for name in OWN if name in found}
     if not study["variants"] or study["baseline"] not in study["variants"]:
         raise ConfigError(f"{path} needs variants, and a baseline that is one of them")
+    if not study["seeds"]:
+        raise ConfigError(f"{path} needs seeds")
     return study
 
 
 def plan(study, knobs):
-    """{(variant, seed): (its last Run, the same with the cooldown or None)}; equal runs are one object. ConfigError."""
+    """{(variant, seed): (its last Run, the same with the cooldown or None)}; equal runs are one object. knobs: for all
+    phases, as text. ConfigError."""
     made = {}
+    if ours := [name for name in ("out", "seed", "init_from") if name in knobs]:
+        raise ConfigError(f"--{ours[0]}: a study decides that itself")
 
     def run(parent, phase, seed):
         path, own = (phase, {}) if isinstance(phase, str) else phase
+        if clash := {*knobs} & ({*own} | ({"lr_peak"} if {"lr", "lr_end"} & {*own} else set())):
+            raise ConfigError(f"--{clash.pop()}: the study sets that, or what hangs on it, for {path}; change its file")
         all_knobs = {name: str(value) for name, value in (study["knobs"] | own | knobs | {"seed": seed}).items()}
         argv = [path, *(f"--{name}={value}" for name, value in all_knobs.items())]
         ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
+        dtype = str(find_device(cfg)[1]).removeprefix("torch.")  # auto is not the same on all machines
+        all_knobs["dtype"] = dtype
         decides = {name: value for name, value in asdict(cfg).items() if name not in WITHOUT_EFFECT}
-        data = {name: prepared(Path(cfg.data) / name) for name in cfg.mix}
-        key = digest([parent and parent.key, Path(path).stem, decides, data])
+        decides |= {"dtype": dtype, "mix": {name: float(weight) for name, weight in cfg.mix.items()}}
+        data = {name: contents(Path(cfg.data) / name) for name in cfg.mix}
+        key = digest([ALGORITHM, parent and parent.key, Path(path).stem, decides, data])
         if key not in made:
             steps, *_ = train.phase_steps(path, cfg)
             tokens, alike = steps * cfg.batch, {k: v for k, v in decides.items() if k not in ("mix", "seed")}
-            vocabulary = next(iter(data.values()))["tokenizer"]["vocab_size"]
+            vocabulary = prepared(Path(cfg.data) / next(iter(cfg.mix)))["tokenizer"]["vocab_size"]
             made[key] = Run(
                 key, path, tuple(all_knobs.items()), parent, steps, tuple(cfg.mix.items()), digest(alike), tokens,
                 tokens * flops_per_token(cfg, vocabulary),
@@ -142,11 +162,19 @@ def digest(value):
 
 @functools.cache
 def prepared(folder):
-    """meta.json of a source, which has the sha256 of its shards. ConfigError."""
+    """meta.json of a source. ConfigError."""
     try:
         return json.loads((folder / "meta.json").read_text())
     except OSError:
         raise ConfigError(f"{folder} is not prepared; see prepare.py, or say --data=FOLDER") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{folder}/meta.json is damaged: {error}; prepare it again") from None
+
+
+def contents(folder):
+    """What a source holds, wherever it lies and whatever it was made from."""
+    meta = prepared(folder)
+    return [meta["tokenizer"], *([shard["sha256"] for shard in meta[split]["shards"]] for split in ("train", "val"))]
 
 
 def flops_per_token(cfg, vocabulary):
@@ -155,20 +183,26 @@ def flops_per_token(cfg, vocabulary):
 
 
 def evaluation_of(study, ends, data, folder, examples, dtype):
-    """Options of eval.py, and a `key` of what decides its numbers: those and contents, wherever these lie."""
-    sources = sorted({source for pair in ends.values() for run in pair[0].line() for source, _ in run.mix})
-    tasks = [name for name in study["tasks"].split(",") if folder or name.endswith(("_spans", "_lines"))]
-    contents = [prepared(Path(data) / name) for name in sources]
+    """Options of eval.py, and a `key` of what decides its numbers: those and contents, wherever these lie. ConfigError,
+    EvalError."""
+    if examples < 1:
+        raise ConfigError(f"--eval_examples={examples} is less than 1")
+    lines = [end.line() for pair in ends.values() for end in pair if end]
+    sources = sorted({source for line in lines for run in line for source, _ in run.mix})
+    holes = [f"{source}_{kind}" for source in sources for kind in ("spans", "lines")]  # in held-out documents
+    tasks = [name for name in study["tasks"].split(",") if folder or name in holes]
+    held = [contents(Path(data) / name) for name in sources]
     if folder:
-        contents += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).glob("*.jsonl*"))]
+        read_tasks(Path(folder), [name for name in tasks if name not in holes], examples)  # a mistake is said now
+        held += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).glob("*.json*"))]
     asked = {"tasks": ",".join(sources + tasks), "limit": examples, "dtype": dtype}
-    return asked | {"sources": data, "data": folder, "key": digest([asked, contents])}
+    return asked | {"sources": data, "data": folder, "key": digest([asked, held])}
 
 
 def all_runs(ends, evaluation):
-    """{run: what eval.py is asked about it, nothing if no variant ends with it}, those that others begin from first."""
+    """{run: how it is evaluated, None if no variant ends with it}, those that others begin from first."""
     shown = [end for pair in ends.values() for end in pair if end]
-    return {run: evaluation if run in shown else {} for end in shown for run in end.line()}
+    return {run: evaluation if run in shown else None for end in shown for run in end.line()}
 
 
 # ------------------------------------------------------------------------------------------------------------- the work
@@ -178,24 +212,31 @@ class Stopped(Exception):
     """A signal asked this process to end."""
 
 
+class RunError(Exception):
+    """A run that did not come to its end, in one line."""
+
+
+def trained_path(run, out):
+    return out / run.key / "trained.json"
+
+
 def result_path(run, out, evaluation):
-    return out / run.key / (f"result-{evaluation['key']}.json" if evaluation else "result.json")
+    return out / run.key / f"result-{evaluation['key']}.json"
 
 
-def results(run, out, evaluation):
-    """What is known of a finished run, if it was evaluated so; else None."""
-    path = result_path(run, out, evaluation)
-    return json.loads(path.read_text()) if path.exists() else None
+def done(run, out, evaluation):
+    return trained_path(run, out).exists() and not (evaluation and not result_path(run, out, evaluation).exists())
 
 
 @contextmanager
 def claimed(run, out):
-    """Whether this process has the run for itself; train.py and eval.py keep it if this process dies before them."""
+    """A file if this process has the run for itself, else None; train.py and eval.py keep it if this process dies
+    before them."""
     (out / run.key).mkdir(parents=True, exist_ok=True)
     with open(out / run.key / "claim", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield None
         else:
             yield file
@@ -215,7 +256,7 @@ class Worker:
             self.process.send_signal(signal.SIGTERM)
 
     def do(self, command, log, claim):
-        """Run a command of this project, its output to a file. Stopped; RuntimeError if it fails."""
+        """Run a command of this project, its output to a file. Stopped, RunError."""
         if self.signal:
             raise Stopped
         with open(log, "ab") as file:
@@ -227,66 +268,87 @@ class Worker:
             raise Stopped
         if code:
             said = Path(log).read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(f"{' '.join(command)}: exit code {code}: {said[-1] if said else ''}; all of it in {log}")
+            raise RunError(f"{' '.join(command)}: exit code {code}: {said[-1] if said else ''}; all of it in {log}")
 
 
-def work(run, out, evaluation, worker, claim):
-    """Train and evaluate a run, or what is missing of it, and leave what `results` reads."""
-    here, start = Path(__file__).parent, time.perf_counter()
+def train_run(run, out, worker, claim):
+    """Train a run, or what is missing of it, and leave trained.json. Stopped, RunError."""
+    start, anew = time.perf_counter(), not run.folder(out).exists()
     before = [f"--init_from={run.parent.folder(out)}"] if run.parent else []
     knobs = [f"--{name}={value}" for name, value in run.knobs]
     ours = [f"--out={out / run.key}", "--keep=1", "--eval_every=0", "--eval_tokens=4096"]  # eval.py comes after
-    worker.do([str(here / "train.py"), run.path, *knobs, *ours, *before], out / run.key / "train.log", claim)
-    trained = time.perf_counter()
-    state = checkpoint.load_state(checkpoint.find(run.folder(out)))
-    if state["step"] != run.steps:
-        raise RuntimeError(
-            f"{run.folder(out)} is at step {state['step']} of {run.steps}; see {out / run.key}/train.log"
-        )
-    scores = {"tasks": {}, "groups": {}}
-    if evaluation:
-        to = out / run.key / f"eval-{evaluation['key']}.json"
-        options = [f"--{name}={value}" for name, value in evaluation.items() if value and name != "key"]
-        worker.do([str(here / "eval.py"), str(run.folder(out)), f"--out={to}", *options], to.with_suffix(".log"), claim)
-        scores = json.loads(to.read_text())
-    made = {
-        "evaluation": evaluation, "phase": run.name, "knobs": dict(run.knobs), "mix": dict(run.mix),
-        "decides": run.decides, "parent": run.parent and run.parent.key, "tokens": run.tokens, "flops": run.flops,
-        "seconds": [round(trained - start), round(time.perf_counter() - trained)], "measures": measures(scores),
-    }  # fmt: skip
+    log = out / run.key / "train.log"
+    worker.do([str(HERE / "train.py"), run.path, *knobs, *ours, *before], log, claim)
+    try:
+        step = checkpoint.load_state(checkpoint.find(run.folder(out)))["step"]
+    except checkpoint.CheckpointError as error:
+        raise RunError(str(error)) from None
+    if step != run.steps:
+        raise RunError(f"{run.folder(out)} is at step {step} of {run.steps}; see {log}")
+    about = {"phase": run.name, "knobs": dict(run.knobs), "mix": dict(run.mix), "decides": run.decides,
+             "parent": run.parent and run.parent.key, "tokens": run.tokens, "flops": run.flops}  # fmt: skip
+    about["seconds"] = time.perf_counter() - start if anew else None  # None: of several starts
+    checkpoint.write_json(trained_path(run, out), about)
+
+
+def evaluate_run(run, out, evaluation, worker, claim):
+    """Evaluate a trained run, or what is missing of that, and leave what result_path says. Stopped, RunError."""
+    start, to = time.perf_counter(), out / run.key / f"eval-{evaluation['key']}.json"
+    options = [f"--{name}={value}" for name, value in evaluation.items() if value and name != "key"]
+    command = [str(HERE / "eval.py"), str(run.folder(out)), f"--out={to}", *options]
+    worker.do(command, to.with_suffix(".log"), claim)
+    values, errors = measures(json.loads(to.read_text()))
+    made = {"evaluation": evaluation, "measures": values, "errors": errors, "seconds": time.perf_counter() - start}
     checkpoint.write_json(result_path(run, out, evaluation), made)
 
 
 def measures(scores):
-    """A result file of eval.py -> {measure: value}: bits per byte of every source and of right answers, and accuracies
-    between 0 for chance and 1, of every group of tasks."""
-    made = {
-        name: task["scores"]["bpb"]["mean"] for name, task in scores["tasks"].items() if task["group"] == "held out"
-    }
+    """A result file of eval.py -> ({measure: value}, {accuracy: its standard error over examples}): bits per byte of
+    every source and, as means over the tasks of a group, of right answers, what of a hole's a suffix saves, and
+    accuracies between 0 for what knows nothing (chance, or the commonest answer) and 1."""
+    tasks, errors = scores["tasks"], {}
+    made = {name: task["scores"]["bpb"]["mean"] for name, task in tasks.items() if task["group"] == "held out"}
     for name, group in scores["groups"].items():
+        mine = [tasks[task] for task in group["tasks"]]
         if name != "held out":
             made[f"{name} answers"] = group["bpb"]
-            if "acc" in group:
-                made[f"{name} acc"] = group["acc"]
-    return made
+        if gains := [task["scores"]["suffix_gain"]["mean"] for task in mine if "suffix_gain" in task["scores"]]:
+            made[f"{name} suffix gain"] = float(np.mean(gains))
+        if choices := [task for task in mine if "chance" in task]:
+            room = [1 - floor(task) for task in choices]
+            over = [1 - (1 - task["scores"]["acc"]["mean"]) / r for task, r in zip(choices, room, strict=True)]
+            made[f"{name} acc"] = float(np.mean(over))
+            each = [task["scores"]["acc"]["se"] / r for task, r in zip(choices, room, strict=True)]
+            errors[f"{name} acc"] = math.hypot(*each) / len(each)
+    return made, errors
 
 
 def carry_out(runs, out):
-    """Do what is missing, beside other processes that do the same; until all is done. runs: of all_runs. Stopped,
-    RuntimeError."""
-    worker = Worker()
-    while todo := [run for run, evaluation in runs.items() if not results(run, out, evaluation)]:
-        ready = [run for run in todo if not (run.parent and run.parent in todo)]
-        for run in ready:
+    """Do what is missing of all_runs, beside other processes that do the same -> whether all of it came to an end.
+    Stopped."""
+    worker, failed = Worker(), set()
+    while todo := [run for run in runs if not done(run, out, runs[run]) and not failed & {*run.line()}]:
+        for run in todo:
+            if run.parent in todo:
+                continue
             with claimed(run, out) as claim:
-                if claim and not results(run, out, runs[run]):
-                    print(f"{run.key}  {len(todo):>3} left  {run.name}  {dict(run.knobs)}", flush=True)
-                    work(run, out, runs[run], worker, claim)
-                    break
+                if not claim or done(run, out, runs[run]):
+                    continue
+                print(f"{run.key}  {len(todo):>3} left  {run.name}  {dict(run.knobs)}", flush=True)
+                try:
+                    if not trained_path(run, out).exists():
+                        train_run(run, out, worker, claim)
+                    if runs[run]:
+                        evaluate_run(run, out, runs[run], worker, claim)
+                except RunError as error:
+                    failed.add(run)
+                    print(f"study.py: {error}", file=sys.stderr, flush=True)
+                break
         else:
             if worker.signal:
                 raise Stopped
             time.sleep(2)  # others are at it
+    return not failed
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -310,10 +372,10 @@ def student(freedom):
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + third
 
 
-def compare(study, values):
+def compare(study, values, errors):
     """{measure: {variant: ((mean, half interval) of its values, (..) of its differences from the baseline, or None if
     it is the baseline)}}, over the seeds at which both are there; no accuracies at which all variants may be guessing.
-    values: {(variant, seed): {measure: value}}."""
+    values: {(variant, seed): {measure: value}}. errors: {accuracy: its standard error over examples}."""
     made = {}
     names = list(dict.fromkeys(name for one in values.values() for name in one))
     for name in names:
@@ -325,10 +387,11 @@ def compare(study, values):
                 difference = None if variant == study["baseline"] else mean_interval(np.subtract(mine, base))
                 made.setdefault(name, {})[variant] = mean_interval(mine), difference
 
-    def guessed(of):
-        return all(mean <= np.nan_to_num(half) for (mean, half), _ in of.values())
+    def guessed(name):
+        of_examples = 1.96 * errors.get(name, 0)
+        return all(mean <= math.hypot(np.nan_to_num(half), of_examples) for (mean, half), _ in made[name].values())
 
-    return {name: of for name, of in made.items() if not (name.endswith(" acc") and guessed(of))}
+    return {name: of for name, of in made.items() if not (name.endswith(" acc") and guessed(name))}
 
 
 def print_table(table, study, ends, which):
@@ -347,7 +410,7 @@ def print_table(table, study, ends, which):
                 continue
             value, difference = of[variant]
             mean, half = difference or value
-            sure = "*" if difference and abs(mean) > half else ""
+            sure = "*" if difference and abs(mean) > half > 0 else ""
             around = "" if math.isnan(half) else f" ± {half:.3f}"
             rows[-1].append(f"{mean:{'+' if difference else ''}.3f}{around}{sure}")
     if len(variants) > len(rows):  # the shorter way across
@@ -393,25 +456,35 @@ def plot(tables, study, to):
     figure.savefig(to, dpi=120)
 
 
-def show(study, ends, out, evaluation, to):
+def show(study, ends, out, knobs, evaluation, to):
     """Print the tables of what is there, matched cooldown first; write them with the picture as `to`.json and .png."""
-    about = f"means over {len(study['seeds'])} seeds of {study['baseline']}, and how far the others are from it"
     titles = ["as trained, without it" if study["cooldown"] else "as trained", "after the same cooldown"]
     tables, each = {}, {}
     for which in (1, 0):
-        found = {place: results(pair[which], out, evaluation) for place, pair in ends.items() if pair[which]}
-        values = {place: one["measures"] for place, one in found.items() if one}
-        if table := compare(study, values):
+        paths = {place: result_path(pair[which], out, evaluation) for place, pair in ends.items() if pair[which]}
+        found = {place: json.loads(path.read_text()) for place, path in paths.items() if path.exists()}
+        values, errors = {place: one["measures"] for place, one in found.items()}, {}
+        for one in found.values():
+            errors = {name: max(error, errors.get(name, 0)) for name, error in one["errors"].items()}
+        if table := compare(study, values, errors):
             tables[titles[which]] = table
             each[titles[which]] = [{"variant": place[0], "seed": place[1], **some} for place, some in values.items()]
-            print(f"\n{titles[which]}; {about}")
+            print(f"\n{titles[which]}; means over seeds of {study['baseline']}, and how far the others are from it")
             print_table(table, study, ends, which)
-    if tables:
-        print("\nbits per byte of held-out sources and of right answers: less is better")
-        print("acc: 0 chance, 1 all right; left out where every variant may be guessing")
-        print("* the 95% interval over seeds, paired, is clear of zero; of 20 such marks one is expected by chance")
-        plain = {name: value for name, value in study.items() if name != "picture"}
-        checkpoint.write_json(to.with_suffix(".json"), {"study": plain, "tables": tables, "runs": each})
+            if len(found) < len(paths):
+                lacking = [f"{variant} with seed {seed}" for variant, seed in paths if (variant, seed) not in found]
+                print(f"not done yet: {', '.join(lacking)}")
+    if not tables:
+        return
+    print("\nbits per byte of held-out sources and of right answers: less is better; suffix gain: more of them saved")
+    print("acc: 0 what knows nothing gets, 1 all right; left out where every variant may be guessing")
+    print("* the 95% interval over seeds, paired, is clear of zero; of 20 such marks one is expected by chance")
+    about = {name: value for name, value in study.items() if name != "picture"}
+    asked = {name: evaluation[name] for name in ("tasks", "limit", "dtype")}
+    about |= {"knobs": study["knobs"] | {k: v for k, v in knobs.items() if k != "data"}, "evaluation": asked}
+    with open(to.with_suffix(".lock"), "w") as file:  # several may come to the end at once
+        fcntl.flock(file, fcntl.LOCK_EX)
+        checkpoint.write_json(to.with_suffix(".json"), {"study": about, "tables": tables, "runs": each})
         try:
             if study["picture"]:
                 study["picture"](values, to.with_suffix(".png"))  # as trained
@@ -421,26 +494,33 @@ def show(study, ends, out, evaluation, to):
             print("no picture: pip install matplotlib")
 
 
-def show_cost(study, ends, out, evaluation):
-    runs = all_runs(ends, evaluation)
-    done = {run: one for run in runs if (one := results(run, out, runs[run]))}
+def show_cost(study, ends, out, data, evaluation):
+    runs, first = all_runs(ends, evaluation), study["seeds"][0]
     for variant in study["variants"]:
-        last = ends[variant, study["seeds"][0]][1] or ends[variant, study["seeds"][0]][0]
-        phases = " -> ".join(f"{run.name} {train.si(run.tokens)}" for run in last.line())
-        print(f"{variant:<24} {phases}")
+        line = (ends[variant, first][1] or ends[variant, first][0]).line()
+        drawn = Counter()
+        for run in line:
+            for source, weight in run.mix:
+                drawn[source] += run.tokens * weight / sum(w for _, w in run.mix)
+        epochs = {name: tokens / prepared(Path(data) / name)["train"]["tokens"] for name, tokens in drawn.items()}
+        many = ", ".join(f"{epoch:.1f} epochs of {name}" for name, epoch in epochs.items() if epoch > 1)
+        print(f"{variant:<24} {' -> '.join(f'{run.name} {train.si(run.tokens)}' for run in line)}   {many}".rstrip())
     alone = sum(run.tokens for pair in ends.values() for run in (pair[1] or pair[0]).line())
     tokens, flops = sum(run.tokens for run in runs), sum(run.flops for run in runs)
+    ready = [run for run in runs if done(run, out, runs[run])]
     print(
         f"{len(study['seeds'])} seeds: {len(runs)} runs, {train.si(tokens)} tokens ({train.si(alone)} if nothing were"
-        f" shared), {train.si(flops)}FLOP; {len(done)} runs done"
+        f" shared), {train.si(flops)}FLOP; {len(ready)} runs done"
     )
-    if done:
-        rate = sum(one["flops"] for one in done.values()) / max(1, sum(one["seconds"][0] for one in done.values()))
-        each = sum(one["seconds"][1] for one in done.values()) / len(done)
-        left = [run for run in runs if run not in done]
-        print(
-            f"left: {train.clock(sum(run.flops for run in left) / rate + each * len(left))} at the rate of those done"
-        )
+    timed = [json.loads(trained_path(run, out).read_text()) for run in ready]
+    timed = [one for one in timed if one["seconds"]]
+    asked = [json.loads(result_path(run, out, evaluation).read_text())["seconds"] for run in ready if runs[run]]
+    if timed and len(ready) < len(runs):
+        rate = sum(one["flops"] for one in timed) / sum(one["seconds"] for one in timed)
+        left = [run for run in runs if run not in ready]
+        seconds = sum(run.flops for run in left) / rate
+        seconds += sum(1 for run in left if runs[run]) * (sum(asked) / len(asked) if asked else 0)
+        print(f"left: {train.clock(seconds)} of one process at the rate of those done")
 
 
 def main(argv):
@@ -448,36 +528,41 @@ def main(argv):
     parser.add_argument("study", help="a study file")
     parser.add_argument("--dry", action="store_true", help="say what it costs and what is done; do nothing")
     parser.add_argument("--table", action="store_true", help="print what is there; do nothing")
+    parser.add_argument("--baseline", help="the variant to compare with, instead of the study's")
     parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of runs, shared by all studies")
     parser.add_argument("--eval_tasks", default="", help="folder of task files; default: held-out parts alone")
     parser.add_argument("--eval_examples", type=int, default=200, help="of each task; of held-out windows as many")
     args, rest = parser.parse_known_args(argv)
+    whole = True
     try:
         known = {field.name for field in fields(train.Config)}
         knobs = dict(argument.removeprefix("--").partition("=")[::2] for argument in rest)
         if strange := [name for name in knobs if name not in known]:
             raise ConfigError(f"{strange[0]} is neither an option of study.py nor a knob of train.py")
         study = load_study(args.study)
+        if args.baseline:
+            study["baseline"] = args.baseline
+        if args.baseline not in (None, *study["variants"]):
+            raise ConfigError(f"--baseline={args.baseline} is none of {', '.join(study['variants'])}")
         ends = plan(study, knobs)
-        data = knobs.get("data") or study["knobs"].get("data", train.Config.data)
-        dtype = (study["knobs"] | knobs).get("dtype", "").replace("auto", "")
+        data, dtype = (
+            (study["knobs"] | knobs).get(name, default)
+            for name, default in (("data", train.Config.data), ("dtype", ""))
+        )
+        dtype = dtype.replace("auto", "")  # eval.py's default is float32
         evaluation = evaluation_of(study, ends, data, args.eval_tasks, args.eval_examples, dtype)
         if args.dry:
-            show_cost(study, ends, args.out, evaluation)
+            show_cost(study, ends, args.out, data, evaluation)
             return 0
         if not args.table:
-            carry_out(all_runs(ends, evaluation), args.out)
-    except ConfigError as error:
+            whole = carry_out(all_runs(ends, evaluation), args.out)
+        show(study, ends, args.out, knobs, evaluation, args.out / Path(args.study).stem)
+    except (ConfigError, EvalError, OSError) as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 1
     except Stopped:
         print("stopped; the same command continues")
-        return 0
-    show(study, ends, args.out, evaluation, args.out / Path(args.study).stem)
-    return 0
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

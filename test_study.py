@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 
 import eval as evaluation
 import mixture
@@ -65,7 +68,7 @@ def test_variants_share_what_they_begin_with_and_nothing_that_differs(tiny, data
     for seed in (1, 2):
         assert plan["both", seed][0] == plan["text", seed][0] and plan["both", seed][1] != plan["text", seed][1]
     assert not {*plan["both", 1]} & {*plan["both", 2]}
-    assert keys(study.plan(study.load_study(tiny), {"log_every": "7", "eval_every": "9", "out": "x"})) == plan
+    assert keys(study.plan(study.load_study(tiny), {"log_every": "7", "eval_every": "9"})) == plan
     other = keys(study.plan(study.load_study(tiny), {"clip": "0.5"}))
     assert not {k for line in other.values() for k in line} & {k for line in plan.values() for k in line}
     text = tiny.read_text()
@@ -110,7 +113,7 @@ def test_a_study_trains_once_and_its_table_is_that_of_the_runs(tiny, inside, dat
     assert study.main([*command, "--table"]) == 0
     assert (tmp_path / "runs/tiny.png").read_text() == repr(sorted(ends))
     assert study.main([*command, "--eval_examples=5"]) == 0
-    assert len(inside) == 12 and sum(c[0].endswith("eval.py") for c in inside) == 6  # asked for less, evaluated again
+    assert [Path(c[0]).name for c in inside] == 6 * ["eval.py"]  # asked for less, evaluated again and not trained
     fewer = json.loads((tmp_path / "runs/tiny.json").read_text())["tables"]["as trained"]["code"]
     assert fewer["both"][0][0] != table["both"][0][0]
     inside.clear()
@@ -133,37 +136,92 @@ def test_accuracies_of_guesses_are_left_out_of_the_table():
     about = {"variants": {"a": [], "b": []}, "baseline": "a", "seeds": (1, 2, 3)}
     values = {("a", seed): {"x acc": 0.01 * (seed - 2), "y acc": 0.01 * (seed - 2), "z": 1.0} for seed in (1, 2, 3)}
     values |= {("b", seed): {"x acc": 0.02 * (2 - seed), "y acc": 0.3 + 0.01 * seed, "z": 1.0} for seed in (1, 2, 3)}
-    assert [*study.compare(about, values)] == ["y acc", "z"]
+    assert [*study.compare(about, values, {})] == ["y acc", "z"]
+    assert [*study.compare(about, values, {"y acc": 0.2})] == ["z"]  # of few examples
     one = {place: some for place, some in values.items() if place[1] == 1}
-    assert [*study.compare(about, one)] == ["x acc", "y acc", "z"]  # one seed has no interval to reach chance with
+    assert [*study.compare(about, one, {"x acc": 0.001})] == ["x acc", "y acc", "z"]  # one seed: of examples alone
 
 
 def test_results_go_by_what_is_evaluated_and_not_by_where_it_lies(tiny, data, tmp_path):
     def key(data, tasks, examples=9):
         study_ = study.load_study(tiny)
+        study.prepared.cache_clear()
         ends = study.plan(study_, {"data": str(data)})
         return study.evaluation_of(study_, ends, str(data), str(tasks), examples, "")["key"], keys(ends)
 
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/piqa.jsonl").write_text("1")
-    first = key(data, tmp_path / "tasks")
-    shutil.copytree(data, tmp_path / "elsewhere")
-    (tmp_path / "tasks").rename(tmp_path / "moved")
-    assert key(tmp_path / "elsewhere", tmp_path / "moved") == first
-    assert key(data, tmp_path / "moved", 8)[0] != first[0]
-    (tmp_path / "moved/piqa.jsonl").write_text("2")
-    assert key(data, tmp_path / "moved")[0] != first[0]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "lambada.jsonl").write_text(json.dumps({"kind": "text", "text": "a text"}))
+    here = tmp_path / "here"
+    shutil.copytree(data, here)
+    tiny.write_text(tiny.read_text().replace(str(data), str(here)))
+    first = key(here, tasks)
+    there = here.rename(tmp_path / "there")
+    for source in ("text", "code"):
+        path = there / source / "meta.json"
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps(meta | {"fingerprint": "of other inputs"}))
+    tasks = tasks.rename(tmp_path / "moved")
+    assert key(there, tasks) == first
+    assert key(there, tasks, 8)[0] != first[0]
+    (tasks / "tasks.json").write_text('{"lambada": {"group": "another"}}')
+    assert key(there, tasks)[0] != first[0]
+    meta["train"]["shards"][0]["sha256"] = "other"
+    path.write_text(json.dumps(meta))
+    changed = key(there, tasks)[1]
+    assert all(changed[place] != first[1][place] for place in changed)
+
+
+def test_the_arithmetic_of_a_machine_is_part_of_a_run(tiny, tmp_path, monkeypatch):
+    plans = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(path.read_text().replace("'float32', 'cpu'", "'auto', 'cpu'"))
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(study, "find_device", lambda cfg, dtype=dtype: ("cpu", dtype, False))
+        ends = study.plan(study.load_study(tiny), {})
+        plans.append(keys(ends))
+        assert dict(ends["both", 1][0].knobs)["dtype"] == str(dtype)[6:]
+    assert all(plans[0][place] != plans[1][place] for place in plans[0])
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, inside, tmp_path, capsys, monkeypatch):
+    train_run = study.train_run
+
+    def fail(run, *rest):
+        if dict(run.knobs).get("lr") == "0.02":
+            raise study.RunError("the rate was too high")
+        train_run(run, *rest)
+
+    monkeypatch.setattr(study, "train_run", fail)
+    assert study.main([str(tiny), f"--out={tmp_path / 'runs'}", "--eval_examples=9"]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("the rate was too high") == 2
+    assert "not done yet: alone with seed 1, alone with seed 2" in said.out
+    table = json.loads((tmp_path / "runs/tiny.json").read_text())["tables"]["as trained"]["code"]
+    assert [*table] == ["both", "text"]
+
+
+def test_another_baseline_gives_its_own_pairs(tiny, inside, tmp_path):
+    command = [str(tiny), f"--out={tmp_path / 'runs'}", "--eval_examples=9"]
+    assert study.main(command) == 0
+    assert study.main([*command, "--table", "--baseline=text"]) == 0
+    made = json.loads((tmp_path / "runs/tiny.json").read_text())
+    bits = {(one["variant"], one["seed"]): one["text"] for one in made["runs"]["as trained"]}
+    table = made["tables"]["as trained"]["text"]
+    d = [bits["alone", seed] - bits["text", seed] for seed in (1, 2)]
+    assert table["text"][1] is None and table["alone"][1][0] == pytest.approx(np.mean(d))
 
 
 def numbers(out):
-    return {path.parent.name: json.loads(path.read_text())["measures"] for path in out.glob("*/result*.json")}
+    return {path.parent.name: json.loads(path.read_text())["measures"] for path in out.glob("*/result-*.json")}
 
 
 def test_killed_and_shared_studies_give_the_same_numbers_and_train_nothing_twice(tiny, inside, tmp_path):
     assert study.main([str(tiny), f"--out={tmp_path / 'whole'}", "--eval_examples=9"]) == 0
     command = [sys.executable, str(ROOT / "study.py"), str(tiny), f"--out={tmp_path / 'runs'}", "--eval_examples=9"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not list((tmp_path / "runs").glob("*/result*.json")):
+    while not list((tmp_path / "runs").glob("*/trained.json")):
         time.sleep(0.2)
     time.sleep(3)  # in the midst of the second run
     first.kill()
@@ -174,9 +232,10 @@ def test_killed_and_shared_studies_give_the_same_numbers_and_train_nothing_twice
     assert both[1].returncode == 0 and "stopped; the same command continues" in said
     assert both[0].wait(timeout=300) == 0
     assert numbers(tmp_path / "runs") == numbers(tmp_path / "whole")
-    for log in (tmp_path / "runs").glob("*/*/log.jsonl"):
-        steps = [r["step"] for r in map(json.loads, log.read_text().splitlines()) if "loss" in r]
-        assert steps == sorted(set(steps))
+    logs = [path.read_text() for path in (tmp_path / "runs").glob("*/train.log")]
+    assert (
+        len(logs) == 8 and sum(len(re.findall(r" 0/\d+  held out", log)) for log in logs) <= 9
+    )  # the killed one again
 
 
 def fake_runs(folder, truth, mixtures, seeds=3, **other):
@@ -193,9 +252,10 @@ def fake_runs(folder, truth, mixtures, seeds=3, **other):
                 "evaluation": {"key": "z"},
                 "measures": measures,
             } | other
-            path = folder / f"{n}-{seed}-{len(list(folder.glob('*')))}" / "result-0.json"
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(made))
+            run = folder / f"{n}-{seed}-{len(list(folder.glob('*')))}"
+            run.mkdir(parents=True)
+            for name in ("trained.json", "result-0.json"):
+                (run / name).write_text(json.dumps(made))
 
 
 def test_a_mixture_left_out_is_predicted_from_the_others_only():
@@ -203,9 +263,13 @@ def test_a_mixture_left_out_is_predicted_from_the_others_only():
     weights, y = dice.dirichlet([1, 1, 1], 12), dice.standard_normal(12)
     x = np.stack([np.ones(12), *np.log((weights[:, 1:] + 0.01) / (weights[:, :1] + 0.01)).T], axis=1)
     expected = [x[i] @ np.linalg.lstsq(np.delete(x, i, 0), np.delete(y, i), rcond=None)[0] for i in range(12)]
-    assert mixture.left_out(weights, y, degree=1, strength=1e-9) == pytest.approx(expected, abs=1e-6)
-    shifted = mixture.left_out(weights, y + 100, degree=2, strength=1.0)  # a ridge pulls to the mean, not to nothing
-    assert shifted == pytest.approx(mixture.left_out(weights, y, degree=2, strength=1.0) + 100)
+    assert mixture.left_out(weights, y, mixture.with_settings(1, 1e-9)) == pytest.approx(expected, abs=1e-6)
+    strong = mixture.with_settings(2, 1.0)  # a ridge pulls to the mean, not to nothing
+    assert mixture.left_out(weights, y + 100, strong) == pytest.approx(mixture.left_out(weights, y, strong) + 100)
+    nothing = mixture.left_out(weights, y, mixture.fit_predict)  # of noise alone, choosing among ten must not help
+    assert np.corrcoef(nothing, y)[0, 1] < 0.3
+    y[5] += 1000
+    assert mixture.left_out(weights, y, mixture.fit_predict)[5] == nothing[5]  # chosen and fitted without the sixth
 
 
 def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
@@ -227,7 +291,8 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
     predict = {}
     for i, name in enumerate("abc"):
         y = np.array([np.mean([one[name] for one in some]) for some in runs.values()])
-        predict[name], guesses = mixture.fit(weights, y)
+        predict[name] = partial(mixture.fit_predict, weights, y)
+        guesses = mixture.left_out(weights, y, mixture.fit_predict)
         assert np.abs(guesses - y).max() < 0.01 * np.ptp(y)
         fresh = dice.dirichlet([2, 2, 2], 50)
         assert np.abs(predict[name](fresh) - [truth(w)[i] for w in fresh]).max() < 0.01 * np.ptp(y)
@@ -258,6 +323,14 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
         ("baseline = 'x'\n", [], "a baseline that is one of them"),
         ("", ["--colour=1"], "colour is neither an option"),
         ("", ["--lr=fast"], "lr = 'fast'"),
+        ("", ["--init_from=out"], "--init_from: a study decides that itself"),
+        ("", ["--mix={'text': 1}"], "--mix: the study sets that"),
+        ("", ["--lr_peak=0.1"], "--lr_peak: the study sets that, or what hangs on it"),
+        ("", ["--eval_examples=0"], "--eval_examples=0 is less than 1"),
+        ("", ["--eval_tasks=nowhere"], "nowhere has no task"),
+        ("", ["--baseline=x"], "--baseline=x is none of both, text, alone"),
+        ("seeds = ()\n", [], "needs seeds"),
+        ("variants = {\n", [], "SyntaxError"),
         ("", ["--data=nowhere"], "nowhere/text is not prepared"),
     ],
 )

@@ -3,7 +3,8 @@
 python study.py study/codegen2.py --data=FOLDER --eval_tasks=FOLDER
 
 All variants see the same number of tokens, and train on all of them, spans and parts of infilling included; a prefix is
-not trained on, on average half of a document. The longer prefix-LM has as many trained tokens as the others.
+not trained on, on average a quarter of a document. The longer prefix-LM has as many trained tokens as the others. The
+marks of holes have been seen by variants with infilling only.
 """
 
 _causal = "config/codegen2/causal_span.py"
@@ -13,7 +14,7 @@ _mixture = "config/codegen2/lesson4_mixture.py"
 variants = {
     "causal": [(_causal, {"objective": {}})],
     "prefix-LM": [_prefix],
-    "prefix-LM, longer": [(_prefix, {"share": 2.0})],
+    "prefix-LM, longer": [(_prefix, {"share": 4 / 3})],
     "PSM, half": ["config/codegen2/lesson2_infill.py"],
     "PSM and SPM, 0.9": [(_causal, {"objective": {"code": "fim(0.9)"}})],
     "spans, half": [_causal],

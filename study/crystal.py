@@ -1,4 +1,5 @@
-"""Crystal: is the order of its data worth anything? All variants have its tokens and its learning-rate curve.
+"""Crystal: is the order of its data worth anything? All variants have its tokens, and its learning-rate curve but for
+"no re-warming", whose phase 3 goes on from phase 2's last rate. As much of all code is under infilling in "uniform".
 
 python study.py study/crystal.py --data=FOLDER --eval_tasks=FOLDER
 """
@@ -17,16 +18,19 @@ def _line(at):
     return 1 - (1 - 0.0114) * at / (_shares[0] + _shares[1])
 
 
-_average = _mix(sum(s * c for s, c in zip(_shares, _code, strict=True)))
+_rates = (0, 0.9, 0.3)  # of code, under infilling
+_all_code = sum(s * c for s, c in zip(_shares, _code, strict=True))
+_rate = sum(s * c * r for s, c, r in zip(_shares, _code, _rates, strict=True)) / _all_code
+_average = _mix(_all_code) | {"objective": {"code": f"fim({_rate:.3f})"}}
 _peak = 0.006
 _swap = _peak * _line(_shares[1])
 
 variants = {
     "uniform": [(_P1, _average), (_P2, _average), (_P3, _average)],
     "Crystal": [_P1, _P2, _P3],
-    "code first": [  # phases 1 and 2 change places, the rate stays on its line
-        (_P2, {"lr": _peak, "lr_end": _swap, "warmup": 0.1}),
-        (_P1, {"lr": _swap, "lr_end": 0.0114 * _peak, "warmup": 0.02}),
+    "code first": [  # phases 1 and 2 change places; the rate stays on its line, and warmups have their tokens
+        (_P2, {"lr": _peak, "lr_end": _swap, "warmup": 0.1 * _shares[0] / _shares[1]}),
+        (_P1, {"lr": _swap, "lr_end": 0.0114 * _peak, "warmup": 0.02 * _shares[1] / _shares[0]}),
         _P3,
     ],
     "phase 2 goes on": [_P1, _P2, (_P3, _mix(_code[1]) | {"objective": {"code": "fim(0.9)"}})],

@@ -17,7 +17,7 @@ def _with(objective, **knobs):
 variants = {
     "5 epochs, spans anew": _with("codegen2(0.5)"),
     "1 epoch": _with("codegen2(0.5)", share=0.2),
-    "1 epoch, rate of 5": _with("codegen2(0.5)", share=0.2, warmup=0.5, lr_end=0.00584, decay="linear"),
+    "1 epoch, rate of 5": _with("codegen2(0.5)", share=0.2, warmup=0.5, decay_part=[0, 1 / 9]),
     "5 epochs, spans fixed": _with("codegen2(0.5, redraw=False)"),
     "5 times the code": _with("codegen2(0.5)", mix={"few": 0, "code": 1}),
     "5 epochs, causal": _with(""),

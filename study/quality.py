@@ -6,7 +6,7 @@ python study.py study/quality.py --data=FOLDER --eval_tasks=FOLDER
 
 
 def _of(**mix):
-    return [("config/tocode/text.py", {"mix": mix})]
+    return [("config/tocode/text.py", {"mix": mix | {"text": 0}})]  # evaluated, not trained on
 
 
 variants = {
