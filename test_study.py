@@ -20,10 +20,13 @@ import pytest
 import torch
 
 import eval as evaluation
+import infill
 import mixture
 import study
 import train
+from configurator import read_command_line
 from conftest import ROOT, run, write_phases
+from model import PRESETS
 
 STUDY = """
 variants = {{
@@ -406,3 +409,45 @@ def test_what_a_worker_started_is_told_to_stop_or_keeps_the_run_when_the_worker_
         with study.claimed(ONE, tmp_path) as again:
             assert again is None
         subprocess.run(["pkill", "-f", str(tmp_path / "long.py")], check=True)
+
+
+def rates(run):
+    """Learning rate of every step from the beginning to the end of a variant."""
+    made = []
+    for one in run.line():
+        argv = [one.path, *(f"--{name}={value}" for name, value in one.knobs)]
+        ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
+        made += [train.lr_at(step, one.steps, cfg) for step in range(1, one.steps + 1)]
+    return np.array(made)
+
+
+def test_variants_have_the_learning_rates_that_their_studies_say(all_sources):
+    def curves(name, **knobs):
+        ends = study.plan(study.load_study(ROOT / f"study/{name}.py"), {"data": str(all_sources)} | knobs)
+        return {variant: rates(warm) for (variant, seed), (warm, _) in ends.items() if seed == 1}
+
+    crystal = curves("crystal", budget="10M")
+    usual, swapped = crystal["Crystal"], crystal["code first"]
+    for variant in ("uniform", "phase 2 goes on", "no code"):
+        assert np.array_equal(crystal[variant], usual)
+    apart = np.flatnonzero(np.abs(swapped - usual) > 0.025 * usual.max()) / len(usual)
+    seams = [(0.2477, 0.02 * 0.6661), (0.6661, 0.02 * 0.6661)]  # where, and how long the rate warms up again
+    assert all(any(at - 1e-3 <= x <= at + width + 1e-3 for at, width in seams) for x in apart)
+    to_code = curves("tocode", budget="11M")
+    assert to_code["code -> text, one cosine"] == pytest.approx(to_code["text only"], rel=2e-3)
+    epochs = curves("epochs", budget="10M")
+    assert epochs["1 epoch, rate of 5"] == pytest.approx(epochs["5 epochs, spans anew"][:488], rel=2e-3)
+
+
+def test_crystals_uniform_mixture_has_as_much_code_and_infilling(all_sources):
+    ends = study.plan(study.load_study(ROOT / "study/crystal.py"), {"data": str(all_sources), "budget": "100M"})
+    made = {}
+    for variant in ("uniform", "Crystal", "code first"):
+        code = holes = 0
+        for one in ends[variant, 1][0].line():
+            argv = [one.path, *(f"--{name}={value}" for name, value in one.knobs)]
+            ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
+            code += one.tokens * cfg.mix["code"]
+            holes += one.tokens * cfg.mix["code"] * (cfg.objectives()["code"].rate if cfg.objective else 0)
+        made[variant] = code, holes
+    assert made["uniform"] == pytest.approx(made["Crystal"], rel=2e-3) == made["code first"]

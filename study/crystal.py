@@ -1,5 +1,6 @@
-"""Crystal: is the order of its data worth anything? All variants have its tokens, and its learning-rate curve but for
-"no re-warming", whose phase 3 goes on from phase 2's last rate. As much of all code is under infilling in "uniform".
+"""Crystal: is the order of its data worth anything? All variants have its tokens, and its learning-rate curve, "code
+first" to 2% of the peak and warming up again elsewhere; but "no re-warming" lets phase 3 go on from phase 2's last rate.
+As much of all code is under infilling in "uniform" as in Crystal.
 
 python study.py study/crystal.py --data=FOLDER --eval_tasks=FOLDER
 """
@@ -28,7 +29,7 @@ _swap = _peak * _line(_shares[1])
 variants = {
     "uniform": [(_P1, _average), (_P2, _average), (_P3, _average)],
     "Crystal": [_P1, _P2, _P3],
-    "code first": [  # phases 1 and 2 change places; the rate stays on its line, and warmups have their tokens
+    "code first": [  # phases 1 and 2 change places; the rate stays near its line, warmups have their tokens
         (_P2, {"lr": _peak, "lr_end": _swap, "warmup": 0.1 * _shares[0] / _shares[1]}),
         (_P1, {"lr": _swap, "lr_end": 0.0114 * _peak, "warmup": 0.02 * _shares[1] / _shares[0]}),
         _P3,
