@@ -1,5 +1,5 @@
 """Crystal: is the order of its data worth anything? All variants have its tokens, and its learning-rate curve, "code
-first" to 2% of the peak and warming up again elsewhere; but "no re-warming" lets phase 3 go on from phase 2's last rate.
+first" to 2% of the peak and warming up again elsewhere; in "no re-warming" phase 3 goes on from phase 2's last rate.
 As much of all code is under infilling in "uniform" as in Crystal.
 
 python study.py study/crystal.py --data=FOLDER --eval_tasks=FOLDER
