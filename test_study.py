@@ -434,8 +434,9 @@ def test_variants_have_the_learning_rates_that_their_studies_say(all_sources):
     seams = [(0.2477, 0.02 * 0.6661), (0.6661, 0.02 * 0.6661)]  # where, and how long the rate warms up again
     assert all(any(at - 1e-3 <= x <= at + width + 1e-3 for at, width in seams) for x in apart)
     to_code = curves("tocode", budget="11M")
-    one = to_code["code -> text, one cosine"]
-    assert one == pytest.approx(to_code["text only"][: len(one)], rel=5e-3)  # phases are rounded to steps
+    one, whole = to_code["code -> text, one cosine"], to_code["text only"]
+    n = min(len(one), len(whole))  # phases are rounded to steps
+    assert abs(len(one) - len(whole)) <= 1 and np.abs(one[:n] - whole[:n]).max() < 1e-3 * whole.max()
     epochs = curves("epochs", budget="10M")
     assert epochs["1 epoch, rate of 5"] == pytest.approx(epochs["5 epochs, spans anew"][:488], rel=2e-3)
 
