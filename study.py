@@ -451,7 +451,7 @@ def plot(tables, study, to):
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     if len(tables) > 1:
-        axes[0, 0].legend(fontsize=8)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8)
     figure.suptitle(f"difference from {study['baseline']}, 95% over {len(study['seeds'])} seeds")
     figure.savefig(to, dpi=120)
 
