@@ -411,14 +411,16 @@ def test_what_a_worker_started_is_told_to_stop_or_keeps_the_run_when_the_worker_
         subprocess.run(["pkill", "-f", str(tmp_path / "long.py")], check=True)
 
 
-def rates(run):
+def config_of(run):
+    argv = [run.path, *(f"--{name}={value}" for name, value in run.knobs)]
+    ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
+    return cfg
+
+
+def rates(last):
     """Learning rate of every step from the beginning to the end of a variant."""
-    made = []
-    for one in run.line():
-        argv = [one.path, *(f"--{name}={value}" for name, value in one.knobs)]
-        ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
-        made += [train.lr_at(step, one.steps, cfg) for step in range(1, one.steps + 1)]
-    return np.array(made)
+    phases = [(config_of(run), run.steps) for run in last.line()]
+    return np.array([train.lr_at(step, steps, cfg) for cfg, steps in phases for step in range(1, steps + 1)])
 
 
 def test_variants_have_the_learning_rates_that_their_studies_say(all_sources):
@@ -447,8 +449,7 @@ def test_crystals_uniform_mixture_has_as_much_code_and_infilling(all_sources):
     for variant in ("uniform", "Crystal", "code first"):
         code = holes = 0
         for one in ends[variant, 1][0].line():
-            argv = [one.path, *(f"--{name}={value}" for name, value in one.knobs)]
-            ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
+            cfg = config_of(one)
             code += one.tokens * cfg.mix["code"]
             holes += one.tokens * cfg.mix["code"] * (cfg.objectives()["code"].rate if cfg.objective else 0)
         made[variant] = code, holes
