@@ -4,7 +4,7 @@ python study.py study/transfer.py --data=FOLDER
 """
 
 _widths = (128, 256, 512)
-_rates = {"muP": (0.003, 0.006, 0.012, 0.024), "standard": (0.001, 0.002, 0.004, 0.008)}
+_rates = {"muP": (0.0015, 0.003, 0.006, 0.012, 0.024), "standard": (0.0005, 0.001, 0.002, 0.004, 0.008)}
 
 
 def _phase(width, rate, mup):
@@ -23,7 +23,7 @@ knobs = {"budget": "60K", "batch": 512}
 
 
 def picture(values, to):
-    """values: {(variant, seed): {measure: value}}. Bits per byte over the rate, a line a width."""
+    """values: {(variant, seed): {measure: value}}. Bits per byte over the rate: a line a width, a dot a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,12 +36,15 @@ def picture(values, to):
             points = []
             for rate in rates:
                 found = [m for (v, _), m in values.items() if v == f"{kind} {width} {rate:g}"]
-                if found:
-                    points.append((rate, np.mean([(m["text"] + m["code"]) / 2 for m in found])))
+                points += [(rate, [(m["text"] + m["code"]) / 2 for m in found])] * bool(found)
             if points:
-                (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=f"width {width}")
-                best = min(points, key=lambda point: point[1])
-                axis.plot(*best, marker="*", markersize=14, color=line.get_color())
+                means = [(rate, np.mean(bits)) for rate, bits in points]
+                (line,) = axis.plot(*zip(*means, strict=True), label=f"width {width}")
+                for rate, bits in points:
+                    axis.plot([rate] * len(bits), bits, ".", color=line.get_color())
+                axis.plot(*min(means, key=lambda mean: mean[1]), marker="*", markersize=14, color=line.get_color())
         axis.set(title=kind, xscale="log", xlabel="learning rate", ylabel="bits per byte, text and code")
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
         axis.legend()
     figure.savefig(to, dpi=120)
