@@ -419,14 +419,14 @@ def test_a_process_that_hangs_is_named_by_the_others(phases, tmp_path):
 
     def function(rank):
         at_step(("a", 6), 1, hang)(rank)
-        return train.main(phases("a", timeout=8))  # less, and a slow machine's others seem to hang too
+        return train.main(phases("a", timeout=15))  # less, and a slow machine's others seem to hang too
 
     start = time.time()
-    results = fork(4, function, seconds=40)
-    assert time.time() - start < 42
+    results = fork(4, function, seconds=60)
+    assert time.time() - start < 62
     assert [code for code, _ in results] == [1, -signal.SIGKILL, 1, 1]
     for rank in (0, 2, 3):
-        assert f"process {rank}: process 1 of 4 has not answered for 8 s" in results[rank][1], results
+        assert f"process {rank}: process 1 of 4 has not answered for 15 s" in results[rank][1], results
 
 
 def test_torchrun_brings_a_killed_process_back_and_nothing_is_lost(phases, tmp_path):
