@@ -469,7 +469,7 @@ def show(study, ends, out, knobs, evaluation, to):
         if table := compare(study, values, errors):
             tables[titles[which]] = table
             each[titles[which]] = [{"variant": place[0], "seed": place[1], **some} for place, some in values.items()]
-            print(f"\n{titles[which]}; means over seeds of {study['baseline']}, and how far the others are from it")
+            print(f"\n{titles[which]}; means over seeds of {study['baseline']}, and how far the others are from it\n")
             print_table(table, study, ends, which)
             if len(found) < len(paths):
                 lacking = [f"{variant} with seed {seed}" for variant, seed in paths if (variant, seed) not in found]
