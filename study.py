@@ -545,11 +545,9 @@ def main(argv):
         if args.baseline not in (None, *study["variants"]):
             raise ConfigError(f"--baseline={args.baseline} is none of {', '.join(study['variants'])}")
         ends = plan(study, knobs)
-        data, dtype = (
-            (study["knobs"] | knobs).get(name, default)
-            for name, default in (("data", train.Config.data), ("dtype", ""))
-        )
-        dtype = dtype.replace("auto", "")  # eval.py's default is float32
+        chosen = study["knobs"] | knobs
+        data = chosen.get("data", train.Config.data)
+        dtype = chosen.get("dtype", "").replace("auto", "")  # eval.py's default is float32
         evaluation = evaluation_of(study, ends, data, args.eval_tasks, args.eval_examples, dtype)
         if args.dry:
             show_cost(study, ends, args.out, data, evaluation)

@@ -478,6 +478,9 @@ def test_the_seven_named_learning_rates_of_crystal():  # T2
     cosine = train.Config(lr=1.0, lr_end=0.1, decay="cosine", warmup=10)
     assert train.lr_at(55, 100, cosine) == pytest.approx(0.55) and train.lr_at(100, 100, cosine) == pytest.approx(0.1)
     assert train.lr_at(50, 100, train.Config(lr=2.0, decay="constant", warmup=0.1)) == 2.0
+    for warmup in (0.95, 10, 20):  # nearly, just and never over
+        late = train.Config(lr=1.0, lr_end=0.1, warmup=warmup)
+        assert train.lr_at(10, 10, late) == pytest.approx({0.95: 0.1, 10: 1.0, 20: 0.5}[warmup])
     for decay in ("cosine", "linear"):  # one curve over two phases
         whole = train.Config(lr=1.0, lr_end=0.1, decay=decay, warmup=0)
         halves = [dataclasses.replace(whole, decay_part=part) for part in ([0, 0.5], [0.5, 1])]

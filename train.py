@@ -203,7 +203,7 @@ def lr_at(step, steps, cfg):
     """Learning rate of update `step` (1 .. steps): linear from 0 over the warmup, then cfg.decay_part of cfg.decay."""
     warmup = cfg.warmup * steps if cfg.warmup < 1 else cfg.warmup
     first, last = cfg.decay_part
-    progress = first + (last - first) * (max(step, warmup) - warmup) / max(1, steps - warmup)
+    progress = first + (last - first) * (max(step, warmup) - warmup) / (steps - warmup or 1)
     if cfg.decay == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     lr = cfg.lr if cfg.decay == "constant" else cfg.lr + (cfg.lr_end - cfg.lr) * progress
