@@ -172,10 +172,12 @@ class Source:
             for i in (first >= len(runs)).nonzero()[0]:  # the last window of a file may go around its end
                 rows[to[i]] = np.take(tokens, np.arange(first[i], first[i] + self.block_size + 1), mode="wrap")
 
-    def rows(self, lo, hi):
-        """Windows lo to hi - 1 in file order, uint16 (hi - lo, block_size + 1): for evaluation, always the same."""
-        rows = np.empty((hi - lo, self.block_size + 1), np.uint16)
-        self.read(*self.locate(np.arange(lo, hi), 0), rows, np.arange(hi - lo))
+    def rows(self, count):
+        """`count` windows at equal distances, all if there are fewer, uint16 (n, block_size + 1): for evaluation,
+        always the same, and of many documents; the first ones may be one book."""
+        n = min(count, self.windows)
+        rows = np.empty((n, self.block_size + 1), np.uint16)
+        self.read(*self.locate(np.arange(n) * self.windows // n, 0), rows, np.arange(n))
         return rows
 
 
@@ -185,7 +187,8 @@ def find_shards(folder, split):
     if not record.exists():
         path = folder / f"{split}.bin"  # nanoGPT's layout
         if not path.exists():
-            raise MixError(f"{folder}: neither meta.json nor {split}.bin; {make}")
+            alone = " (or nothing, for the default corpus)" if folder.name in ("text", "code") else ""
+            raise MixError(f"{folder}: neither meta.json nor {split}.bin; {make}{alone}")
         size = path.stat().st_size
         if size % 2:
             raise MixError(f"{path}: {size:,} bytes are no whole number of uint16 tokens: truncated; copy it again")

@@ -30,17 +30,20 @@ class MixtureError(ValueError):
 
 
 def finished(folder):
-    """{mixture as ((source, weight), ...): [{measure: value} of every seed]} of the runs from scratch under a folder
-    that differ in nothing but mixture and seed; the largest such family."""
+    """{mixture as ((source, share), ...): [{measure: value} of every seed]} of the runs from scratch under a folder
+    that differ in nothing but mixture and seed; the largest such family, of those with as many mixtures the one with
+    most runs."""
     families = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder).glob("*/result-*.json")):
         result, run = json.loads(path.read_text()), json.loads((path.parent / "trained.json").read_text())
         if not run["parent"]:
             family = families[run["decides"], result["evaluation"]["key"]]
-            family[tuple(sorted(run["mix"].items()))].append(result["measures"])
+            total = sum(run["mix"].values())
+            mix = {source: round(weight / total, 6) for source, weight in run["mix"].items() if weight}
+            family[tuple(sorted(mix.items()))].append(result["measures"])
     if not families:
         raise MixtureError(f"{folder} has no finished runs from scratch; see study.py")
-    return dict(max(families.values(), key=len))
+    return dict(max(families.values(), key=lambda family: (len(family), sum(map(len, family.values())))))
 
 
 def features(weights, degree):
@@ -127,19 +130,21 @@ def main(argv):
         runs = finished(args.folder)
         sources = sorted({source for mix in runs for source, _ in mix})
         weights = np.array([[dict(mix).get(source, 0.0) for source in sources] for mix in runs])
-        weights /= weights.sum(axis=1, keepdims=True)
         measures = [name for name in next(iter(runs.values()))[0] if name in sources]
         goal = parse_goal(args.goal, measures)
         print(f"{len(runs)} mixtures of {', '.join(sources)}, {sum(map(len, runs.values()))} runs")
-        print(f"{'bits per byte of':<20}{'from':>8}{'to':>8}{'error, left out':>18}{'correlation':>13}{'seeds':>9}")
+        print(
+            f"{'bits per byte of':<20}{'from':>8}{'to':>8}{'error, left out':>18}{'correlation':>13}{'seeds alone':>13}"
+        )
         predict = {}
         for name in measures:
             seeds = [np.array([one[name] for one in some]) for some in runs.values()]
             y = np.array([values.mean() for values in seeds])
             predict[name], guesses = partial(fit_predict, weights, y), left_out(weights, y, fit_predict)
-            noise = math.sqrt(np.mean([values.var(ddof=1) for values in seeds if len(values) > 1] or [math.nan]))
+            errors = [values.var(ddof=1) / len(values) for values in seeds if len(values) > 1]
+            noise = math.sqrt(np.mean(errors or [math.nan]) * 2 / math.pi)  # mean absolute error of a mean over seeds
             error, alike = np.abs(guesses - y).mean(), np.corrcoef(guesses, y)[0, 1]
-            print(f"{name:<20}{y.min():8.3f}{y.max():8.3f}{error:18.4f}{alike:13.3f}{noise:9.4f}")
+            print(f"{name:<20}{y.min():8.3f}{y.max():8.3f}{error:18.4f}{alike:13.3f}{noise:13.4f}")
         best, value = propose(weights, predict, goal)
     except MixtureError as error:
         print(f"mixture.py: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
     python study.py study/crystal.py --dry            # what it would cost, and what is there already
     python study.py study/crystal.py                  # train and evaluate what is missing; then the table, the picture
     python study.py study/crystal.py --budget=50M     # with any knob of train.py that the study leaves alone
-    python study.py study/crystal.py --table          # what is there already; --baseline=VARIANT compares with another
+    python study.py study/crystal.py --table          # what is there already; --baseline=VARIANT against another
 
 A study is a Python file that names variants, each a list of phases:
 
@@ -16,15 +16,17 @@ A study is a Python file that names variants, each a list of phases:
     tasks = "quick,code_spans"  # of eval.py; those from files if --eval_tasks=FOLDER says where they are
     def picture(values, to):    # instead of the usual one: {(variant, seed): {measure: value}}, path
 
-Variants that begin with the same phases share the runs of these. A run lives in OUT/<key>, its key made from all that
-decides its numbers: configuration, arithmetic, seed, data, the run before it; an evaluation goes by what it was asked.
-So the same command continues what was killed, runs nothing twice, also for other studies on the same folder, and after
-one number is changed trains what depends on it. A run that fails is named, and what does not begin from it goes on.
-Several processes, on one machine or many, may work on one folder: each takes a run that no other has.
+Variants that begin with the same phases share the runs of these. A run lives in OUT/<key>, its key made from what
+decides its numbers: configuration, arithmetic, seed, data, the run before it, and the ALGORITHM of mix.py. (Whoever
+changes other code says another --out.) An evaluation goes by what it was asked. So the same command continues what was
+killed, runs nothing twice, also for other studies on the same folder, and after one number is changed trains what
+depends on it. A run that fails is named, and what does not begin from it goes on. Several processes may work on one
+folder, each on a run that no other has; on many machines, if its file system's locks reach them all.
 
 What variants end with is evaluated by eval.py, on every source that the study names and on its tasks. Differences are
-paired by seed; intervals are Student's, 95%, over seeds: they say how far the mean over new seeds may be, not new data.
-One seed has none. Whether two others differ says --baseline=VARIANT, not the overlap of their intervals.
+paired by seed and by example; intervals, 95%, say how far the mean may be over new seeds and new examples of the same
+kinds. One seed, or one example, has none. Whether two others differ says --baseline=VARIANT, not the overlap of their
+intervals.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -51,7 +54,8 @@ import checkpoint
 import infill
 import train
 from configurator import ConfigError, read_command_line
-from eval import EvalError, floor, read_tasks
+from eval import ALGORITHM as EVALUATION
+from eval import EvalError, bits_of, floor, mean, read_tasks
 from machine import find_device
 from mix import ALGORITHM
 from model import GPT, PRESETS
@@ -79,6 +83,7 @@ class Run:
     steps: int
     mix: tuple  # ((source, weight), ...)
     decides: str  # digest of all else in the configuration but the seed
+    data: str  # the folder of its sources
     tokens: int  # trained here
     flops: float
 
@@ -102,33 +107,44 @@ def load_study(path):
     if not Path(path).is_file():
         raise ConfigError(f"there is no study {path}")
     try:
-        found = {name: value for name, value in runpy.run_path(path).items() if not name.startswith("_")}
+        found = {
+            name: value
+            for name, value in runpy.run_path(path).items()
+            if not name.startswith("_") and not isinstance(value, ModuleType)
+        }
     except Exception as error:  # whatever somebody's file does
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     if unknown := [name for name in found if name not in OWN and not callable(found[name])]:
         raise ConfigError(f"{path}: {unknown[0]} is none of {', '.join(OWN)}; begin names of your own with _")
     study = OWN | {name: found[name] for name in OWN if name in found}
-    if not study["variants"] or study["baseline"] not in study["variants"]:
-        raise ConfigError(f"{path} needs variants, and a baseline that is one of them")
-    if not study["seeds"]:
-        raise ConfigError(f"{path} needs seeds")
+    variants, seeds = study["variants"], study["seeds"]
+    if not variants or not isinstance(variants, dict) or study["baseline"] not in variants:
+        raise ConfigError(f"{path} needs variants, a dict, and a baseline that is one of them")
+    for variant, phases in variants.items():
+        if not phases or not isinstance(phases, list) or not all(isinstance(phase, (str, tuple)) for phase in phases):
+            raise ConfigError(f"{path}: variant {variant!r} is no list of phases, each a path or (path, knobs)")
+    if not isinstance(study["cooldown"], (str, tuple)):
+        raise ConfigError(f"{path}: cooldown is one phase, a path or (path, knobs)")
+    if not seeds or not isinstance(seeds, (list, tuple)) or len({*seeds}) < len(seeds):
+        raise ConfigError(f"{path} needs seeds, a list of different numbers")
     return study
 
 
 def plan(study, knobs):
     """{(variant, seed): (its last Run, the same with the cooldown or None)}; equal runs are one object. knobs: for all
     phases, as text. ConfigError."""
-    made = {}
+    made, contexts, rates = {}, set(), {"lr", "lr_end", "lr_peak"}
     if ours := [name for name in ("out", "seed", "init_from") if name in knobs]:
         raise ConfigError(f"--{ours[0]}: a study decides that itself")
 
     def run(parent, phase, seed):
         path, own = (phase, {}) if isinstance(phase, str) else phase
-        if clash := {*knobs} & ({*own} | ({"lr_peak"} if {"lr", "lr_end"} & {*own} else set())):
+        if clash := {*knobs} & ({*own} | (rates if rates & {*own} else set())):
             raise ConfigError(f"--{clash.pop()}: the study sets that, or what hangs on it, for {path}; change its file")
         all_knobs = {name: str(value) for name, value in (study["knobs"] | own | knobs | {"seed": seed}).items()}
         argv = [path, *(f"--{name}={value}" for name, value in all_knobs.items())]
         ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
+        contexts.add(cfg.block_size)
         dtype = str(find_device(cfg)[1]).removeprefix("torch.")  # auto is not the same on all machines
         all_knobs["dtype"] = dtype
         decides = {name: value for name, value in asdict(cfg).items() if name not in WITHOUT_EFFECT}
@@ -140,8 +156,8 @@ def plan(study, knobs):
             tokens, alike = steps * cfg.batch, {k: v for k, v in decides.items() if k not in ("mix", "seed")}
             vocabulary = prepared(Path(cfg.data) / next(iter(cfg.mix)))["tokenizer"]["vocab_size"]
             made[key] = Run(
-                key, path, tuple(all_knobs.items()), parent, steps, tuple(cfg.mix.items()), digest(alike), tokens,
-                tokens * flops_per_token(cfg, vocabulary),
+                key, path, tuple(all_knobs.items()), parent, steps, tuple(cfg.mix.items()), digest(alike), cfg.data,
+                tokens, tokens * flops_per_token(cfg, vocabulary),
             )  # fmt: skip
         return made[key]
 
@@ -152,6 +168,8 @@ def plan(study, knobs):
             for phase in phases:
                 last = run(last, phase, seed)
             ends[variant, seed] = last, run(last, study["cooldown"], seed) if study["cooldown"] else None
+    if len(contexts) > 1:
+        raise ConfigError("variants differ in block_size, so they could not be compared on the same windows")
     return ends
 
 
@@ -166,7 +184,9 @@ def prepared(folder):
     try:
         return json.loads((folder / "meta.json").read_text())
     except OSError:
-        raise ConfigError(f"{folder} is not prepared; see prepare.py, or say --data=FOLDER") from None
+        raise ConfigError(
+            f"{folder} is not prepared: python prepare.py {folder.name}=FILES, or --data=FOLDER"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{folder}/meta.json is damaged: {error}; prepare it again") from None
 
@@ -182,7 +202,7 @@ def flops_per_token(cfg, vocabulary):
         return GPT(train.model_config(cfg, vocabulary)).flops_per_token()
 
 
-def evaluation_of(study, ends, data, folder, examples, dtype):
+def evaluation_of(study, ends, data, folder, examples, how):
     """Options of eval.py, and a `key` of what decides its numbers: those and contents, wherever these lie. ConfigError,
     EvalError."""
     if examples < 1:
@@ -191,11 +211,11 @@ def evaluation_of(study, ends, data, folder, examples, dtype):
     sources = sorted({source for line in lines for run in line for source, _ in run.mix})
     holes = [f"{source}_{kind}" for source in sources for kind in ("spans", "lines")]  # in held-out documents
     tasks = [name for name in study["tasks"].split(",") if folder or name in holes]
-    held = [contents(Path(data) / name) for name in sources]
-    if folder:
-        read_tasks(Path(folder), [name for name in tasks if name not in holes], examples)  # a mistake is said now
-        held += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).glob("*.json*"))]
-    asked = {"tasks": ",".join(sources + tasks), "limit": examples, "dtype": dtype}
+    held = [EVALUATION, *(contents(Path(data) / name) for name in sources)]
+    if folder:  # a mistake is said now
+        read = read_tasks(Path(folder), [name for name in tasks if name not in holes], examples)
+        held += [[task.name, task.kind, task.group, task.sha256] for task in read]
+    asked = {"tasks": ",".join(sources + tasks), "limit": examples} | how
     return asked | {"sources": data, "data": folder, "key": digest([asked, held])}
 
 
@@ -218,6 +238,10 @@ class RunError(Exception):
 
 def trained_path(run, out):
     return out / run.key / "trained.json"
+
+
+def scores_path(run, out, evaluation):
+    return out / run.key / f"eval-{evaluation['key']}.json"
 
 
 def result_path(run, out, evaluation):
@@ -263,6 +287,8 @@ class Worker:
             environment = os.environ | {"PYTHONUNBUFFERED": "1"}
             how = {"stdout": file, "stderr": subprocess.STDOUT, "pass_fds": [claim.fileno()], "env": environment}
             self.process = subprocess.Popen([sys.executable, *command], start_new_session=True, **how)
+            if self.signal:  # it came in between
+                self.process.send_signal(signal.SIGTERM)
             code = self.process.wait()
         if self.signal:
             raise Stopped
@@ -293,40 +319,43 @@ def train_run(run, out, worker, claim):
 
 def evaluate_run(run, out, evaluation, worker, claim):
     """Evaluate a trained run, or what is missing of that, and leave what result_path says. Stopped, RunError."""
-    start, to = time.perf_counter(), out / run.key / f"eval-{evaluation['key']}.json"
+    start, to = time.perf_counter(), scores_path(run, out, evaluation)
     options = [f"--{name}={value}" for name, value in evaluation.items() if value and name != "key"]
     command = [str(HERE / "eval.py"), str(run.folder(out)), f"--out={to}", *options]
     worker.do(command, to.with_suffix(".log"), claim)
-    values, errors = measures(json.loads(to.read_text()))
-    made = {"evaluation": evaluation, "measures": values, "errors": errors, "seconds": time.perf_counter() - start}
+    values = {name: value(tasks) for name, tasks in measures(json.loads(to.read_text())).items()}
+    made = {"evaluation": evaluation, "measures": values, "seconds": time.perf_counter() - start}
     checkpoint.write_json(result_path(run, out, evaluation), made)
 
 
 def measures(scores):
-    """A result file of eval.py -> ({measure: value}, {accuracy: its standard error over examples}): bits per byte of
-    every source and, as means over the tasks of a group, of right answers, what of a hole's a suffix saves, and
-    accuracies between 0 for what knows nothing (chance, or the commonest answer) and 1."""
-    tasks, errors = scores["tasks"], {}
-    made = {name: task["scores"]["bpb"]["mean"] for name, task in tasks.items() if task["group"] == "held out"}
+    """A result file of eval.py -> {measure: [what each example of a task gives, a float64 array, for every task]}: bits
+    per byte of every source and of right answers, what of a hole's a suffix saves, and accuracies between 0 for what
+    knows nothing (chance, or the commonest answer) and 1."""
+    made = {}
     for name, group in scores["groups"].items():
-        mine = [tasks[task] for task in group["tasks"]]
-        if name != "held out":
-            made[f"{name} answers"] = group["bpb"]
-        if gains := [task["scores"]["suffix_gain"]["mean"] for task in mine if "suffix_gain" in task["scores"]]:
-            made[f"{name} suffix gain"] = float(np.mean(gains))
-        if choices := [task for task in mine if "chance" in task]:
-            room = [1 - floor(task) for task in choices]
-            over = [1 - (1 - task["scores"]["acc"]["mean"]) / r for task, r in zip(choices, room, strict=True)]
-            made[f"{name} acc"] = float(np.mean(over))
-            each = [task["scores"]["acc"]["se"] / r for task, r in zip(choices, room, strict=True)]
-            errors[f"{name} acc"] = math.hypot(*each) / len(each)
-    return made, errors
+        mine = [scores["tasks"][task] for task in group["tasks"]]
+        bits = [bits_of(one["items"], one["kind"]) for one in mine]
+        if name == "held out":
+            made |= {source: [each] for source, each in zip(group["tasks"], bits, strict=True)}
+        else:
+            made[f"{name} answers"] = bits
+        if gains := [np.array(one["items"]["suffix_gain"]) for one in mine if "suffix_gain" in one["items"]]:
+            made[f"{name} suffix gain"] = gains
+        if choices := [one for one in mine if "chance" in one and floor(one) < 1]:
+            made[f"{name} acc"] = [1 - (1 - np.array(one["items"]["acc"])) / (1 - floor(one)) for one in choices]
+    return made
+
+
+def value(tasks):
+    """Of a measure: the mean over tasks, which weigh the same, of their examples' means."""
+    return float(np.mean([each.mean() for each in tasks]))
 
 
 def carry_out(runs, out):
     """Do what is missing of all_runs, beside other processes that do the same -> whether all of it came to an end.
     Stopped."""
-    worker, failed = Worker(), set()
+    worker, failed, waits = Worker(), set(), False
     while todo := [run for run in runs if not done(run, out, runs[run]) and not failed & {*run.line()}]:
         for run in todo:
             if run.parent in todo:
@@ -343,23 +372,35 @@ def carry_out(runs, out):
                 except RunError as error:
                     failed.add(run)
                     print(f"study.py: {error}", file=sys.stderr, flush=True)
+                waits = False
                 break
         else:
             if worker.signal:
                 raise Stopped
-            time.sleep(2)  # others are at it
+            if not waits:
+                print(f"waiting for {len(todo)} runs that other processes have, or that begin from these", flush=True)
+            waits = True
+            time.sleep(2)
     return not failed
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
-def mean_interval(values):
-    """(mean, half of the 95% interval of Student's t, nan for one value)."""
-    values = np.array(values, float)
-    if len(values) < 2:
-        return values.mean(), math.nan
-    return values.mean(), student(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+def interval(samples):
+    """(mean, half of the 95% interval, nan for one seed) of a measure. samples: its tasks, for every seed the same
+    examples. The errors of seeds and of examples are added as if independent, which is a little too much: what a seed
+    does to one example is in both."""
+    means = [value(tasks) for tasks in samples]
+    if len(means) < 2:
+        return means[0], math.nan
+    return np.mean(means), math.hypot(student(len(means) - 1) * mean(means)[1], over_examples(samples))
+
+
+def over_examples(samples):
+    """Half of the 95% interval over examples."""
+    errors = [mean(np.mean(each, axis=0))[1] for each in zip(*samples, strict=True)]  # of a task, its mean over seeds
+    return NORMAL * math.hypot(*errors) / len(errors)
 
 
 def student(freedom):
@@ -372,26 +413,32 @@ def student(freedom):
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2) + third
 
 
-def compare(study, values, errors):
+def compare(study, found):
     """{measure: {variant: ((mean, half interval) of its values, (..) of its differences from the baseline, or None if
     it is the baseline)}}, over the seeds at which both are there; no accuracies at which all variants may be guessing.
-    values: {(variant, seed): {measure: value}}. errors: {accuracy: its standard error over examples}."""
+    found: {(variant, seed): measures}."""
     made = {}
-    names = list(dict.fromkeys(name for one in values.values() for name in one))
-    for name in names:
+    for name in dict.fromkeys(name for one in found.values() for name in one):
+        samples = {}
         for variant in study["variants"]:
-            seeds = [s for s in study["seeds"] if name in values.get((variant, s), {})
-                     and name in values.get((study["baseline"], s), {})]  # fmt: skip
-            if seeds:
-                mine, base = ([values[v, s][name] for s in seeds] for v in (variant, study["baseline"]))
-                difference = None if variant == study["baseline"] else mean_interval(np.subtract(mine, base))
-                made.setdefault(name, {})[variant] = mean_interval(mine), difference
+            both = variant, study["baseline"]
+            if seeds := [s for s in study["seeds"] if all(name in found.get((v, s), {}) for v in both)]:
+                samples[variant] = [[found[v, s][name] for s in seeds] for v in both]
+        if not samples:
+            continue
+        if name.endswith(" acc") and all(guessing(mine) for mine, _ in samples.values()):
+            continue
+        made[name] = {}
+        for variant, (mine, base) in samples.items():
+            apart = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(mine, base, strict=True)]
+            made[name][variant] = interval(mine), None if variant == study["baseline"] else interval(apart)
+    return made
 
-    def guessed(name):
-        of_examples = 1.96 * errors.get(name, 0)
-        return all(mean <= math.hypot(np.nan_to_num(half), of_examples) for (mean, half), _ in made[name].values())
 
-    return {name: of for name, of in made.items() if not (name.endswith(" acc") and guessed(name))}
+def guessing(samples):
+    """Whether an accuracy may be 0."""
+    accuracy, half = interval(samples)
+    return accuracy <= (over_examples(samples) if math.isnan(half) else half)
 
 
 def print_table(table, study, ends, which):
@@ -452,44 +499,46 @@ def plot(tables, study, to):
         axis.axis("off")
     if len(tables) > 1:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8)
-    figure.suptitle(f"difference from {study['baseline']}, 95% over {len(study['seeds'])} seeds")
+    figure.suptitle(f"difference from {study['baseline']}, 95% over {len(study['seeds'])} seeds and examples")
     figure.savefig(to, dpi=120)
 
 
 def show(study, ends, out, knobs, evaluation, to):
-    """Print the tables of what is there, matched cooldown first; write them with the picture as `to`.json and .png."""
+    """Print the tables of what is there, matched cooldown first; write them as `to`.json with a picture, `to`.png."""
     titles = ["as trained, without it" if study["cooldown"] else "as trained", "after the same cooldown"]
     tables, each = {}, {}
     for which in (1, 0):
-        paths = {place: result_path(pair[which], out, evaluation) for place, pair in ends.items() if pair[which]}
-        found = {place: json.loads(path.read_text()) for place, path in paths.items() if path.exists()}
-        values, errors = {place: one["measures"] for place, one in found.items()}, {}
-        for one in found.values():
-            errors = {name: max(error, errors.get(name, 0)) for name, error in one["errors"].items()}
-        if table := compare(study, values, errors):
+        last = {place: pair[which] for place, pair in ends.items() if pair[which]}
+        ready = {place: scores_path(run, out, evaluation) for place, run in last.items() if done(run, out, evaluation)}
+        found = {place: measures(json.loads(path.read_text())) for place, path in ready.items()}
+        if table := compare(study, found):
+            values = {place: {name: value(tasks) for name, tasks in one.items()} for place, one in found.items()}
             tables[titles[which]] = table
             each[titles[which]] = [{"variant": place[0], "seed": place[1], **some} for place, some in values.items()]
             print(f"\n{titles[which]}; means over seeds of {study['baseline']}, and how far the others are from it\n")
             print_table(table, study, ends, which)
-            if len(found) < len(paths):
-                lacking = [f"{variant} with seed {seed}" for variant, seed in paths if (variant, seed) not in found]
+            if len(found) < len(last):
+                lacking = [f"{variant} with seed {seed}" for variant, seed in last if (variant, seed) not in found]
                 print(f"not done yet: {', '.join(lacking)}")
     if not tables:
+        print(f"{out} has no finished run of {study['baseline']!r} with these options")
         return
     print("\nbits per byte of held-out sources and of right answers: less is better; suffix gain: more of them saved")
     print("acc: 0 what knows nothing gets, 1 all right; left out where every variant may be guessing")
-    print("* the 95% interval over seeds, paired, is clear of zero; of 20 such marks one is expected by chance")
+    print("* the 95% interval over seeds and examples, paired, is clear of zero; chance makes one in 20 so")
+    if not to:
+        return
     about = {name: value for name, value in study.items() if name != "picture"}
     asked = {name: evaluation[name] for name in ("tasks", "limit", "dtype")}
     about |= {"knobs": study["knobs"] | {k: v for k, v in knobs.items() if k != "data"}, "evaluation": asked}
-    with open(to.with_suffix(".lock"), "w") as file:  # several may come to the end at once
+    with open(f"{to}.lock", "w") as file:  # several may come to the end at once
         fcntl.flock(file, fcntl.LOCK_EX)
-        checkpoint.write_json(to.with_suffix(".json"), {"study": about, "tables": tables, "runs": each})
+        checkpoint.write_json(Path(f"{to}.json"), {"study": about, "tables": tables, "runs": each})
         try:
             if study["picture"]:
-                study["picture"](values, to.with_suffix(".png"))  # as trained
+                study["picture"](values, Path(f"{to}.png"))  # as trained
             else:
-                plot(tables, study, to.with_suffix(".png"))
+                plot(tables, study, f"{to}.png")
         except ImportError:
             print("no picture: pip install matplotlib")
 
@@ -527,8 +576,8 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", help="a study file")
     parser.add_argument("--dry", action="store_true", help="say what it costs and what is done; do nothing")
-    parser.add_argument("--table", action="store_true", help="print what is there; do nothing")
-    parser.add_argument("--baseline", help="the variant to compare with, instead of the study's")
+    parser.add_argument("--table", action="store_true", help="print and draw what is there; train nothing")
+    parser.add_argument("--baseline", help="compare with this variant, and write no files of that")
     parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of runs, shared by all studies")
     parser.add_argument("--eval_tasks", default="", help="folder of task files; default: held-out parts alone")
     parser.add_argument("--eval_examples", type=int, default=200, help="of each task; of held-out windows as many")
@@ -545,16 +594,15 @@ def main(argv):
         if args.baseline not in (None, *study["variants"]):
             raise ConfigError(f"--baseline={args.baseline} is none of {', '.join(study['variants'])}")
         ends = plan(study, knobs)
-        chosen = study["knobs"] | knobs
-        data = chosen.get("data", train.Config.data)
-        dtype = chosen.get("dtype", "").replace("auto", "")  # eval.py's default is float32
-        evaluation = evaluation_of(study, ends, data, args.eval_tasks, args.eval_examples, dtype)
+        data, chosen = next(iter(ends.values()))[0].data, study["knobs"] | knobs
+        how = {name: chosen.get(name, "").replace("auto", "") for name in ("dtype", "device")}  # "": as eval.py would
+        evaluation = evaluation_of(study, ends, data, args.eval_tasks, args.eval_examples, how)
         if args.dry:
             show_cost(study, ends, args.out, data, evaluation)
             return 0
         if not args.table:
             whole = carry_out(all_runs(ends, evaluation), args.out)
-        show(study, ends, args.out, knobs, evaluation, args.out / Path(args.study).stem)
+        show(study, ends, args.out, knobs, evaluation, None if args.baseline else args.out / Path(args.study).stem)
     except (ConfigError, EvalError, OSError) as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2

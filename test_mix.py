@@ -386,8 +386,10 @@ def test_windows_are_slices_of_the_file(sources, tmp_path):
     raw = [np.fromfile(path, "<u2") for path in sorted((tmp_path / "text").glob("train*.bin"))]
     expected = [shard[i : i + 65] for shard in raw for i in range(0, len(shard) - 64, 64)]
     text = sources["text"]
-    assert np.array_equal(text.rows(0, text.windows), np.stack(expected))
-    assert np.array_equal(text.rows(620, 640), text.rows(0, text.windows)[620:640])  # over the border of two files
+    assert np.array_equal(text.rows(text.windows), np.stack(expected))
+    n = text.windows - 7  # at equal distances, in both files
+    assert np.array_equal(text.rows(n), np.stack(expected)[[i * text.windows // n for i in range(n)]])
+    assert np.array_equal(text.rows(3), np.stack(expected)[[0, text.windows // 3, 2 * text.windows // 3]])
     rows, source, _ = Mix(sources, {"text": 1, "code": 1}, 500, seed=1).batch(100, 300)
     place = {row.tobytes(): i for i, row in enumerate(expected)}
     windows = Mix(sources, {"text": 1, "code": 1}, 500, seed=1).plan(100, 300)[2]
@@ -411,7 +413,7 @@ def test_nanogpts_folders_are_read_as_they_are(tmp_path):
     tokens.tofile(tmp_path / "owt" / "train.bin")
     source = Source(tmp_path / "owt", "train", 256)
     assert source.meta is None and source.windows == 390
-    assert np.array_equal(source.rows(3, 4)[0], tokens[768:1025])
+    assert np.array_equal(source.rows(source.windows)[3], tokens[768:1025])
     tokens[0] += 1
     tokens.tofile(tmp_path / "owt" / "train.bin")
     assert Source(tmp_path / "owt", "train", 256).sha256 != source.sha256

@@ -802,9 +802,11 @@ def test_bits_per_byte_count_the_bytes_that_the_targets_spell(phases, data, tmp_
     model, encoding, _ = load_model(tmp_path / "out" / "a")
     logged = [r["val"] for r in losses(tmp_path / "out", ["a"]) if "val" in r][-1]
     for name in ("text", "code"):
-        tokens = np.fromfile(next((data / name).glob("val-*.bin")), "<u2").astype(np.int64)[: 2048 + 1]
-        n = (len(tokens) - 1) // 32 * 32
-        x, y = torch.from_numpy(tokens[:n]).view(-1, 32), torch.from_numpy(tokens[1 : n + 1]).view(-1, 32)
+        tokens = np.fromfile(next((data / name).glob("val-*.bin")), "<u2").astype(np.int64)
+        count = len(tokens) // 32  # windows, of which 2,048 tokens are 64, at equal distances
+        begins = [32 * (i * count // min(64, count)) for i in range(min(64, count))]
+        rows = torch.from_numpy(np.stack([np.append(tokens, tokens[0])[b : b + 33] for b in begins]))
+        x, y, n = rows[:, :-1], rows[:, 1:], 32 * len(begins)
         with torch.no_grad():
             nats = -model(x).double().log_softmax(-1).gather(-1, y[..., None]).sum().item()
         words = [t for t in y.flatten().tolist() if t != tokenizer.eot(encoding)]

@@ -3,7 +3,7 @@
     python train.py config/phase1.py                                     # one phase; prepares a corpus if there is none
     python train.py config/phase1.py config/phase2.py config/phase3.py   # one run through three phases
     python train.py config/phase2.py --init_from=out/phase1              # or one after the other, to the same weights
-    python train.py config/phase1.py --size=124M --budget=2.5B --batch=512K   # any knob below, for every phase; K, M, B
+    python train.py config/phase1.py --size=124M --budget=2.5B --batch=512K   # any knob of this file, for every phase
     python train.py config/crystal7b/phase?.py --plan                    # show what would be trained, and stop
     torchrun --standalone --nproc_per_node=8 train.py config/phase1.py   # 8 GPUs; the same samples in the same steps
     torchrun --nnodes=4 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
@@ -113,7 +113,7 @@ class Config:
     carry_optimizer: bool = False  # keep Adam's moments from the phase before
     # watching
     eval_every: int = 0  # steps; 0: before and after the phase
-    eval_tokens: int = 65_536  # of each source's held-out part, always the same ones
+    eval_tokens: int = 65_536  # of each source's held-out part, spread over it, always the same ones
     eval_tasks: str = ""  # folder of task files: the quick ones of eval.py are scored at every evaluation
     eval_examples: int = 200  # of each task, its first ones
     save_every: int = 500  # steps
@@ -407,7 +407,7 @@ def held_out(named, sources, encoding, vocabulary):
             print(f"{name} has no held-out part of one window, so there will be no evaluation on it")
             continue
         source = Source(folder, "val", cfg.block_size)
-        rows = source.rows(0, min(source.windows, max(1, cfg.eval_tokens // cfg.block_size)))
+        rows = source.rows(max(1, cfg.eval_tokens // cfg.block_size))
         sets[name] = rows, rows[:, 1:].astype(np.int64)
         if name in objectives:
             sets |= holes(name, rows, objectives[name], cfg.seed, vocabulary)
@@ -1151,7 +1151,7 @@ def count_ids(cfg, meta, sources):
     """Ids that the data may hold: the tokenizer's, or for bare .bin files cfg.vocab_size."""
     if meta:
         return meta["vocab_size"]
-    largest = max(int(source.rows(0, min(source.windows, 100)).max()) for source in sources.values())
+    largest = max(int(source.rows(100).max()) for source in sources.values())
     if cfg.vocab_size <= largest:
         raise ConfigError(f"{cfg.data}/ names no tokenizer and has id {largest:,}; say --vocab_size=...")
     return cfg.vocab_size

@@ -10,6 +10,6 @@ lr_end = lr_peak / 60
 warmup = 0.01
 eval_every = 0
 
-# Measured 2026-11-21, else as in phase1.py: text 1.575 -> 1.599, code 1.241 -> 1.232 bits per byte held out. Without
-# infilling in both phases: text 1.563 -> 1.590, code 1.201 -> 1.208. The rate goes from phase 2's last 6.8e-5 up to
+# Measured 2026-11-22, else as in phase1.py: text 1.561 -> 1.586, code 1.395 -> 1.377 bits per byte held out. Without
+# infilling in both phases: text 1.550 -> 1.576, code 1.356 -> 1.355. The rate goes from phase 2's last 6.8e-5 up to
 # 1e-3 and ends at 1e-4; the data's part in what gets worse is not separated.

@@ -1,5 +1,6 @@
 """To Code, or Not To Code: what a cooldown's data does to one trunk, and what is only the falling rate.
 
+python prepare.py text=FILES code=FILES quality=FILES
 python study.py study/cooldown.py --data=FOLDER --eval_tasks=FOLDER
 
 The source `quality` is better text than the rest, for the two variants that name it. "goes on" has the trunk's mixture
@@ -20,3 +21,4 @@ variants = {
     "quality, a fifth code": [*_trunk, (_cooldown, {"mix": {"quality": 0.8, "code": 0.2}})],
 }
 baseline = "without code"
+seeds = (1, 2, 3, 4, 5)

@@ -39,3 +39,4 @@ variants = {
     "no code": [(path, {"mix": {"text": 1.0}, "objective": {}}) for path in (_P1, _P2, _P3)],
 }
 baseline = "uniform"
+seeds = (1, 2, 3, 4, 5)

@@ -1,6 +1,8 @@
 """To Code, or Not To Code: what kind of code. A model of code alone, and with parts of it given to other sources.
 
-python prepare.py ... adjacent=FILES synthetic      # commits and questions about code; verified programs (synthetic.py)
+Of commits and questions about code, of programs made and verified by synthetic.py, of textbooks:
+
+python prepare.py text=FILES code=FILES adjacent=FILES synthetic quality=FILES
 python study.py study/quality.py --data=FOLDER --eval_tasks=FOLDER
 """
 
@@ -16,3 +18,4 @@ variants = {
     "10% quality": _of(code=0.9, quality=0.1),
 }
 baseline = "code"
+seeds = (1, 2, 3, 4, 5)

@@ -14,4 +14,5 @@ def _with(code, added=False):
 variants = {f"{100 * share:.0f}%": _with(share) for share in (0, 0.25, 0.5, 0.75, 0.9, 1)}
 variants |= {f"{100 * share:.0f}% added": _with(share, added=True) for share in (0.25, 0.5)}
 baseline = "0%"
+seeds = (1, 2, 3, 4, 5)
 cooldown = "config/tocode/cooldown.py"

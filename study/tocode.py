@@ -21,4 +21,5 @@ variants = {
     ],
 }
 baseline = "text only"
+seeds = (1, 2, 3, 4, 5)
 cooldown = "config/tocode/cooldown.py"

@@ -4,7 +4,7 @@ python study.py study/transfer.py --data=FOLDER
 """
 
 _widths = (128, 256, 512)
-_rates = {"muP": (0.003, 0.006, 0.012, 0.024), "standard": (0.001, 0.002, 0.004, 0.008)}
+_rates = {"muP": (0.0015, 0.003, 0.006, 0.012, 0.024), "standard": (0.0005, 0.001, 0.002, 0.004, 0.008)}
 
 
 def _phase(width, rate, mup):
