@@ -67,10 +67,9 @@ def joined(seconds):
             try:
                 yield
             except RuntimeError as error:
-                if "Timed out" in str(error):
-                    raise PeerError(who_hangs(store, me, many, seconds)) from error
-                if "by peer" in str(error) or "Broken pipe" in str(error):
-                    raise PeerError(f"process {me}: another one died, torchrun knows which") from error
+                timed_out = "Timed out" in str(error)
+                if timed_out or "by peer" in str(error) or "Broken pipe" in str(error):
+                    raise PeerError(who_is_gone(store, me, many, seconds, timed_out)) from error
                 raise
         meet(store, many)
         dist.destroy_process_group()
@@ -119,13 +118,24 @@ class PeerError(Exception):
     """Another process of the run is gone; the message says what is known of it."""
 
 
-def who_hangs(store, me, many, seconds):
-    """All that have waited for too long say so in torchrun's store, and who has not after a while is at fault."""
+def who_is_gone(store, me, many, seconds, timed_out):
+    """Say what is known of the process that this one lost: it timed out, or its connection was closed.
+
+    All who lost one say so in torchrun's store, and who has not after a while is at fault. The first to time out closes
+    all of its connections (gloo does), so that others hear of a process that hangs as they would of one that died.
+    """
     missing = []
-    with contextlib.suppress(RuntimeError):  # the store is gone, too
-        store.set(f"waited/{me}", "")
-        time.sleep(5 + (me == 0))  # rank 0 may be the store's host
-        missing = [str(n) for n in range(many) if not store.check([f"waited/{n}"])]
+    with contextlib.suppress(RuntimeError):  # nobody timed out, or the store is gone, too
+        store.set(f"lost one/{me}", "")
+        if timed_out:
+            store.set("timed out", "")
+        store.wait(["timed out"], timedelta(seconds=2))
+        timed_out = True
+        time.sleep(5)
+        missing = [str(n) for n in range(many) if not store.check([f"lost one/{n}"])]
+        meet(store, many - len(missing))  # the first to leave may be the store's host
+    if not timed_out:
+        return f"process {me}: another one died, torchrun knows which"
     what = f"process {', '.join(missing)} of {many} has" if missing else "the network between the processes has"
     return f"process {me}: {what} not answered for {seconds:g} s (--timeout); the last checkpoint is good"
 

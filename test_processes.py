@@ -419,6 +419,7 @@ def test_a_process_that_hangs_is_named_by_the_others(phases, tmp_path):
 
     def function(rank):
         at_step(("a", 6), 1, hang)(rank)
+        at_step(("a", 6), 3, lambda: time.sleep(2))(rank)  # hears of it from those who waited before it did
         return train.main(phases("a", timeout=15))  # less, and a slow machine's others seem to hang too
 
     start = time.time()
