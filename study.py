@@ -152,7 +152,7 @@ def plan(study, knobs):
         data = {name: contents(Path(cfg.data) / name) for name in cfg.mix}
         key = digest([ALGORITHM, parent and parent.key, Path(path).stem, decides, data])
         if key not in made:
-            steps, *_ = train.phase_steps(path, cfg)
+            steps, _ = train.phase_steps(path, cfg)
             tokens, alike = steps * cfg.batch, {k: v for k, v in decides.items() if k not in ("mix", "seed")}
             vocabulary = prepared(Path(cfg.data) / next(iter(cfg.mix)))["tokenizer"]["vocab_size"]
             made[key] = Run(

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import mix
-from bench import shuffle_statistics
 from mix import Mix, MixError, Source, check_identity
 
 HERE = Path(__file__).parent
@@ -192,6 +191,22 @@ def test_an_order_of_10_to_the_12_is_never_written_down():
     order = mix.permute(index, 10**12, keys(9, 400_000))
     assert order.min() >= 0 and order.max() < 10**12 and len(np.unique(order)) == 400_000
     assert abs(order.mean() / 10**12 - 0.5) < 0.005
+
+
+def shuffle_statistics(order):
+    """Three chi2 of a permutation over their degrees of freedom; 1.0 for a true shuffle, float64 (3,).
+
+    How evenly batches of 512 draw from 64 slices; pairs of slices drawn one after another; their low three bits.
+    """
+    n = len(order)
+    batches = (order[: n // 512 * 512] * 64 // n).reshape(-1, 512)
+    composition = np.mean([((np.bincount(batch, minlength=64) - 8) ** 2 / 8).sum() / 63 for batch in batches])
+
+    def pairs(digit, base):  # the margins are those of a permutation, so (base - 1)^2 degrees of freedom are left
+        table = np.bincount(digit[:-1] * base + digit[1:], minlength=base * base)
+        return ((table - n / base**2) ** 2).sum() / (n / base**2) / (base - 1) ** 2
+
+    return np.array([composition, pairs(order * 32 // n, 32), pairs(order % 8, 8)])
 
 
 def test_the_order_is_as_random_as_a_shuffle():

@@ -54,7 +54,7 @@ from infill import InfillError, Vocabulary
 from kernels import backend, batch_mask
 from machine import describe, find_device, keep_memory, synchronize
 from mix import Mix, MixError, Source, check_identity, epoch_keys
-from model import GPT, PRESETS, GPTConfig, init_weights, param_groups
+from model import GPT, PRESETS, GPTConfig, accumulating, init_weights, param_groups
 from processes import PeerError, Stop, Stopped, all_reduce, from_first, gather, rank, together, world
 from tokenizer import TokenizerError
 
@@ -94,8 +94,8 @@ class Config:
     # length
     budget: int = 10_000_000  # tokens of the whole run
     share: float = 1.0  # this phase's part of it
-    batch: int = 8192  # tokens a step
-    micro_batch: int = 0  # rows at a time and process; 0: the most that divide the batch and stay within 16,384 tokens
+    batch: int = 0  # tokens a step; 0: as BATCH says for the size
+    micro_batch: int = 0  # rows at a time and process; 0: the most that divide the batch and fit, see micro_tokens
     # optimiser
     lr_peak: float = 0.006  # of the run: what the files of its phases compute lr and lr_end from
     lr: float = 0.0  # at the phase's peak, 0: lr_peak; hidden matrices get lr * mup_base / n_embd
@@ -122,7 +122,7 @@ class Config:
     wandb: str = ""  # project name; needs the wandb package
     # machine
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware has it, else float32
+    dtype: str = "auto"  # of the arithmetic: bfloat16 where the hardware has it, else float32, never TF32
     compile: str = "auto"  # yes, no; auto: on CUDA
     kernels: str = "auto"  # triton, torch; auto: as AUTO in kernels/backend.py says, on an NVIDIA GPU
     recompute: bool = False  # activations of a block in the backward pass: a third more work, far less memory
@@ -131,6 +131,7 @@ class Config:
 
     def __post_init__(self):
         self.lr = self.lr or self.lr_peak
+        self.batch = self.batch or BATCH.get(self.size, 0)
         choices = {
             "size": PRESETS,
             "decay": ("linear", "cosine", "constant"),
@@ -175,6 +176,8 @@ class Config:
         return {name: objective for name, objective in parsed.items() if objective}
 
 
+# Tokens a step by size: what keeps a laptop and one GPU busy; from 124M on GPT-3's (arXiv 2005.14165, Table 2.1).
+BATCH = {"nano": 8192, "30M": 65_536, "124M": 524_288, "350M": 524_288, "1.3B": 1_048_576, "7B": 2_097_152}
 MODEL_KNOBS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_real"]
 RUN_KNOBS = [
     *MODEL_KNOBS, "out", "data", "seed", "budget", "eval_tokens", "eval_tasks", "eval_examples", "wandb", "device",
@@ -193,7 +196,7 @@ def check_phases(named):
         for knob in RUN_KNOBS:
             if getattr(cfg, knob) != (first := getattr(named[0][1], knob)):
                 raise ConfigError(f"{knob} = {getattr(cfg, knob)!r} in {name} but {first!r} in {names[0]}: must agree")
-        phase_steps(name, cfg)
+        micro_rows(name, cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------- the plan
@@ -211,23 +214,54 @@ def lr_at(step, steps, cfg):
 
 
 def phase_steps(name, cfg):
-    """Steps, rows a step, rows a micro-step of one process; ConfigError with the numbers if they do not fit."""
-    steps, rows = round(cfg.share * cfg.budget / cfg.batch) if cfg.batch else 0, cfg.batch // cfg.block_size
+    """(steps, rows a step); ConfigError with the numbers if they do not fit."""
+    steps, rows = round(cfg.share * cfg.budget / cfg.batch), cfg.batch // cfg.block_size
     if not rows or cfg.batch % cfg.block_size:
         raise ConfigError(f"{name}: batch = {cfg.batch:,} tokens is not a multiple of block_size = {cfg.block_size:,}")
     if not steps:
         raise ConfigError(
             f"{name}: share {cfg.share} of budget {cfg.budget:,} is less than one batch of {cfg.batch:,} tokens"
         )
+    return steps, rows
+
+
+def micro_rows(name, cfg):
+    """Rows a micro-step of one process; ConfigError with the numbers if they do not divide the batch."""
+    _, rows = phase_steps(name, cfg)
     batch = f"{name}: batch = {cfg.batch:,} tokens = {rows} rows of {cfg.block_size:,} are not a multiple of"
     if rows % world():
         raise ConfigError(f"{batch} {world()} processes")
-    mine, most = rows // world(), cfg.micro_batch or max(1, 16_384 // cfg.block_size)
+    mine, most = rows // world(), cfg.micro_batch or max(1, micro_tokens(cfg) // cfg.block_size)
     micro = max(n for n in range(1, min(mine, most) + 1) if mine % n == 0)
     if cfg.micro_batch and micro != cfg.micro_batch:
         each = f" on each of {world()} processes" if world() > 1 else ""
         raise ConfigError(f"{batch} micro_batch = {cfg.micro_batch} rows{each}; {micro} would be")
-    return steps, rows, micro
+    return micro
+
+
+def micro_tokens(cfg):
+    """Tokens that a process takes at a time where micro_batch does not say.
+
+    A GPU wants many: with few it waits for its host, and adds up gradients more often than it must. It gets up to
+    65,536, as far as these leave a tenth of its memory free: 18 bytes a weight, shared by the processes (in fp32 with
+    its gradient and two moments, and its copy in bf16), in several processes the gradients that FSDP collects whole,
+    4 GiB of logits, and for the backward pass 16 n_embd + 6 n_inner bytes a layer and token in bf16, or, if activations
+    are computed again, a layer's input, and one layer whole.
+    """
+    device, dtype, compiled = find_device(cfg)
+    if device != "cuda":
+        return 16_384
+    model = model_config(cfg, cfg.vocab_size or 32_768)
+    with torch.device("meta"):
+        weights = GPT(model).num_params()
+    layer = (16 * model.n_embd + 6 * model.n_inner) * dtype.itemsize // 2
+    if not compiled:
+        layer += layer // 2  # of what eager operations hand to each other, more stays
+    token = layer + model.n_layer * 2 * model.n_embd * dtype.itemsize if cfg.recompute else model.n_layer * layer
+    memory = torch.cuda.get_device_properties(processes.local()[0]).total_memory
+    weights *= 18 if world() == 1 else 18 / world() + 4
+    room = 0.9 * memory - weights - (4 << 30)
+    return max(1, min(65_536, int(room / token)))
 
 
 @dataclass
@@ -257,13 +291,13 @@ def build_phases(named, windows, start, tokens, vocabulary=None):
     """
     phases = []
     for name, cfg in named:
-        steps, rows, micro = phase_steps(name, cfg)
+        steps, rows = phase_steps(name, cfg)
         order = cfg.mix, steps * rows, cfg.seed, start, cfg.epochs_max, cfg.skip
         try:
             mix = Mix(windows, *order, cfg.objectives(), vocabulary)
         except MixError as error:
             raise MixError(f"{name}: {error}") from None
-        phases.append(Phase(name, cfg, steps, rows, micro, mix, tokens))
+        phases.append(Phase(name, cfg, steps, rows, micro_rows(name, cfg), mix, tokens))
         start, tokens = mix.drawn(mix.samples), tokens + steps * cfg.batch
     return phases
 
@@ -515,8 +549,11 @@ def parallelize(model, cfg):
     averaged over processes in fp32.
     """
     device, dtype, compiled = find_device(cfg)
-    if compiled:
-        torch._dynamo.config.recompile_limit = 64  # blocks share one count, and every micro-batch's shape needs four
+    if device == "cuda" or compiled:
+        # Blocks share one count, and every micro-batch's shape needs four. Beyond the limit Dynamo would run what it
+        # was asked to compile uncompiled, without a word: FlexAttention with a whole score matrix.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in model.blocks:
         if cfg.recompute:
             block.forward = recomputed(block.forward)
@@ -771,18 +808,19 @@ def rehearse(model, phase, device, stop):
     """
     tokens, targets, _, how = to_device(read_batch(phase, 0, phase.micro), device, model.dtype)
     hooks = [block.register_forward_pre_hook(lambda *_: stop.here()) for block in model.blocks]
-    for last in (phase.micro_steps == 1, True):  # the first one compiles; its gradients stay if they will in training
-        end_of_batch(model, phase.cfg, last)
-        synchronize(device)
-        start = time.perf_counter()
-        loss, _, _ = model(tokens, targets, phase.cfg.z_loss, phase.cfg.batch, **how)
-        stop.here()
-        loss.backward()
-        if last:
-            model.zero_grad(set_to_none=True)
-        synchronize(device)
-        while hooks:
-            hooks.pop().remove()
+    with summing(model, phase):
+        for last in (phase.micro_steps == 1, True):  # the first compiles; its gradients stay if they will in training
+            end_of_batch(model, phase.cfg, last)
+            synchronize(device)
+            start = time.perf_counter()
+            loss, _, _ = model(tokens, targets, phase.cfg.z_loss, phase.cfg.batch, **how)
+            stop.here()
+            loss.backward()
+            if last:
+                model.zero_grad(set_to_none=True)
+            synchronize(device)
+            while hooks:
+                hooks.pop().remove()
     return world() * tokens.numel() / (time.perf_counter() - start)
 
 
@@ -793,6 +831,19 @@ def end_of_batch(model, cfg, last):
         model.set_reshard_after_backward(last or cfg.reshard_after_forward)
 
 
+def summing(model, phase):
+    """What the micro-steps of a batch run in: on one GPU and in bf16 `accumulating`, which spares 18 bytes of memory
+    traffic a weight and micro-step.
+
+    Not for a single micro-step, which has nothing to sum; nor under FSDP, which has casts and sums of its own; nor with
+    recomputation, which torch.compile leaves out for products that have their own backward pass.
+    """
+    one_gpu = model.wte.weight.is_cuda and not isinstance(model, FSDPModule)
+    if one_gpu and model.dtype == torch.bfloat16 and phase.micro_steps > 1 and not phase.cfg.recompute:
+        return accumulating(model, model.dtype)
+    return contextlib.nullcontext()
+
+
 def train_step(model, optimizer, feeder, phase, step, sums, skips):
     """One update from phase.rows samples; returns its learning rate and gradient norm (a tensor, not waited for).
 
@@ -801,14 +852,15 @@ def train_step(model, optimizer, feeder, phase, step, sums, skips):
     of 2 K + 1 sums. Nothing here waits for the device.
     """
     cfg, step_sums = phase.cfg, torch.zeros_like(sums)
-    for n in range(1, phase.micro_steps + 1):
-        tokens, targets, source, how = feeder()
-        end_of_batch(model, cfg, n == phase.micro_steps)
-        # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over this process's part of the batch,
-        # and the mean of those over processes, which FSDP takes, that over the batch
-        loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch // world(), **how)
-        loss.backward()
-        add_losses(step_sums, token_loss, targets, source)
+    with summing(model, phase):
+        for n in range(1, phase.micro_steps + 1):
+            tokens, targets, source, how = feeder()
+            end_of_batch(model, cfg, n == phase.micro_steps)
+            # a fixed divisor, as in Crystal: the sum over micro-batches is the mean over this process's part of the
+            # batch, and the mean of those over processes, which FSDP takes, that over the batch
+            loss, token_loss, _ = model(tokens, targets, cfg.z_loss, cfg.batch // world(), **how)
+            loss.backward()
+            add_losses(step_sums, token_loss, targets, source)
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
     # squares summed in fp64, so that the norm does not depend on how many shards they lie in
     norms = torch.stack(torch._foreach_norm(grads, 2, dtype=sums.dtype))
@@ -873,7 +925,7 @@ def log_training(log, phase, step, sums, skips, lr, norm, speed, mfu):
         log.write(step, {"event": "skipped_step", "steps": skipped, "in_a_row": in_a_row})
         tqdm.write(f"{phase.name} {step:>7,}/{phase.steps:,}  updates left out, not finite: {skipped}")
     sums.zero_()
-    skips[0] = 0
+    skips[0].zero_()
     return in_a_row
 
 
@@ -1078,6 +1130,7 @@ def train(named, fresh, stop):
     check_same({
         **{name: dataclasses.asdict(c) for name, c in named}, "torch": torch.__version__, "arithmetic": str(dtype),
         "data": {phase.name: phase.mix.identity() for phase in phases}, "checkpoint": weights,
+        "micro_batch": {phase.name: phase.micro for phase in phases},
         "held out": {name: hashlib.sha256(rows).hexdigest() + hashlib.sha256(targets).hexdigest()
                      for name, (rows, targets, _) in sets.items()}, "tasks": {t.name: t.sha256 for t in tasks},
     })  # fmt: skip
@@ -1105,7 +1158,13 @@ def train(named, fresh, stop):
     else:
         init_weights(model, cfg.seed, my_shard, min(8, os.cpu_count() // processes.local()[1] or 1))
     from_first(make_room, named if fresh else [], first.folder)
-    speed = rehearse(model, first, device, stop)
+    try:
+        speed = rehearse(model, first, device, stop)
+    except torch.OutOfMemoryError:
+        fewer = f"--micro_batch={first.micro // 2}" if first.micro > 1 else "--recompute=True"
+        raise ConfigError(
+            f"{first.micro} rows of {cfg.block_size:,} tokens do not fit into the GPU's memory at a time; try {fewer}"
+        ) from None
     made = start.resumed["step"] * first.cfg.batch if start.resumed else 0
     left = sum(p.steps * p.cfg.batch for p in phases) - made
     print(f"time     about {clock(left / speed)} at {si(speed)} tokens/s, and the evaluations")
@@ -1134,7 +1193,6 @@ def set_up(cfg):
         raise ConfigError(str(error)) from None
     if device == "cpu":
         keep_memory()
-    torch.set_float32_matmul_precision("high")
     return device, dtype, compiled, kernels
 
 

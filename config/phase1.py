@@ -3,7 +3,7 @@
 size = "nano"
 budget = 7e6  # tokens of all three phases
 share = 0.2477
-batch = 4096
+batch = 4096 if size == "nano" else 0  # 0: the size's own
 mix = {"text": 0.95, "code": 0.05}
 
 # Phases 1 and 2 of Crystal are one line from the peak to 1.14% of it, which phase 1 leaves at 73.19%.

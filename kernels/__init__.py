@@ -1,7 +1,8 @@
 """The five operations a transformer step spends its time in, besides plain matrix products.
 
 One file each; the model calls nothing else. Every file holds the readable PyTorch version, which is also what runs on a
-CPU, and the Triton kernels that must agree with it; backend.py says which of them runs.
+CPU, and the Triton kernels that must agree with it; backend.py says which of them runs. product.py, for the products
+of several micro-steps, needs no kernel of ours.
 """
 
 from kernels.attention import attention, batch_mask, dense_mask

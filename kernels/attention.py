@@ -3,6 +3,7 @@
 | where | causal | prefix, document |
 |---|---|---|
 | CUDA | scaled_dot_product_attention: cuDNN or flash, torch chooses | FlexAttention, which skips empty blocks |
+| CUDA, with a cache or a dense mask | scaled_dot_product_attention, never cuDNN | the same, with the mask added |
 | elsewhere, up to 1,024 positions | plain products | the same, with the mask added |
 | elsewhere, longer | scaled_dot_product_attention | the same, with the mask added |
 
@@ -15,9 +16,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 ROWS = 128  # queries that plain products take at a time
+# cuDNN builds a plan for every new shape, tens of milliseconds on the host: a decoding loop would pay them at each key.
+NO_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def visible(prefix=None, doc=None, shift=0):
@@ -116,10 +120,13 @@ def attention(q, k, v, scale=None, mask=None):
         return flex(q, k, v, block_mask=mask, scale=scale)
     if Tq == Tk and q.device.type == "cpu" and Tq <= 1024:
         return plain(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, mask)
-    if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, scale=scale)
-    if Tq == Tk:
+    if Tq == Tk and mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    if Tq == 1:  # one new token sees everything in the cache
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(Tq, Tk, device=q.device), scale=scale)
+    if mask is None:
+        # one new token sees everything in the cache
+        bias = attention_mask(Tq, Tk, device=q.device) if Tq > 1 else None
+    else:
+        assert mask.bias.dtype == q.dtype, (mask.bias.dtype, q.dtype)  # some backends misread another one silently
+        bias = mask.bias
+    with sdpa_kernel(NO_PLANS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

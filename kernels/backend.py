@@ -20,7 +20,7 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton r
 
 # kernels=auto on an NVIDIA GPU: what runs in (eager mode, torch.compile). Inductor fuses norm and SwiGLU to the same
 # bytes as we do and can go on fusing around them; it neither rotates in place nor keeps the logits to one buffer.
-# Derived from bytes moved, not measured yet: `python bench.py --only kernels` prints this table from times.
+# Derived from bytes moved, not measured yet: `python bench.py --gpu --only kernels` says how long each of them takes.
 AUTO = {
     "linear_ce": ("triton", "triton"),
     "rope": ("triton", "triton"),
@@ -30,7 +30,7 @@ AUTO = {
 using = dict.fromkeys(AUTO, "torch")  # what runs now; `choose` sets it for the process
 
 # (operation, next power of two of the width, bytes an element) -> (rows or columns a program, num_warps, num_stages):
-# where `python bench.py --only tune` found something faster than the formula beside the kernel.
+# where `python bench.py --gpu --only tune` finds something faster than the formula beside the kernel.
 TILES = {}
 
 

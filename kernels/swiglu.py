@@ -41,7 +41,9 @@ def backward_kernel(DH, GATE_UP, D, WIDTH: tl.constexpr, GATE_FIRST: tl.constexp
     tl.store(D + at + WIDTH, second.to(D.dtype.element_ty), mask=col < WIDTH)
 
 
-FORMULA = 1024, 4, 1  # columns, so that each of 128 threads reads 16 bytes of bf16 at once; not measured yet
+# columns, so that each of 128 threads reads 16 bytes of bf16 at once: 32 registers, 64 warps a multiprocessor; derived
+# from the compiled kernels, not measured
+FORMULA = 1024, 4, 1
 
 
 @torch.library.custom_op("nanocrystal::swiglu", mutates_args=())

@@ -4,8 +4,9 @@
     python -m pytest kernels/test_kernels.py                        # on one
 
 The interpreter must be on before Triton is imported. It sees arithmetic and indexing, not races, alignment or speed, so
-on a GPU the same tests take larger sizes, another seed each time, and real bf16. Memory that nobody wrote is NaN: see
-`poison`. The oracles are written out in float64, apart from the references that stand beside the kernels.
+on a GPU the same tests take larger sizes, training's among them, another seed each time, and real bf16. Memory that
+nobody wrote is NaN: see `poison`. The oracles are written out in float64, apart from the references that stand beside
+the kernels.
 """
 
 import os
@@ -47,29 +48,39 @@ EPS = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 3e-3 if GPU els
 DTYPES = list(EPS)
 
 
+def sizes(small, odd, training, dtypes=DTYPES):
+    """Parameters `shape` and `dtype`: small shapes in the interpreter; on a GPU such as fit no tile, in as many dtypes,
+    and in bf16 those of training."""
+    cases = list(itertools.product(odd if GPU else small, dtypes))
+    if GPU:
+        cases += [(shape, torch.bfloat16) for shape in training]
+    return pytest.mark.parametrize(("shape", "dtype"), cases, ids=str)
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """Fresh memory is NaN, so that an element nobody wrote is seen; and all operations are Triton's."""
+    torch._dynamo.reset()  # the one compiled FlexAttention may compile anew 8 times: for one test, not for all together
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     before = dict(backend.using)
     backend.using.update(dict.fromkeys(backend.using, "triton"))
-    if not GPU:  # several turns of the loops over columns at the small sizes here
+    if not GPU:  # several turns of the loops, over columns and over rows, at the small sizes here
         backend.TILES.update({("linear_ce", width, size): (256, 4, 1) for width in (512, 1024) for size in (2, 4)})
+        backend.TILES.update({("norm_backward", 64, size): (4, 16, 1) for size in (2, 4)})  # by 2 programs
     yield
-    torch.set_float32_matmul_precision("highest")  # which train.py lowers
     backend.using.update(before)
     torch.use_deterministic_algorithms(False)
 
 
 def draw(*shape, dtype=torch.float32, scale=1.0, shift=0.0, salt=0):
-    generator = torch.Generator().manual_seed(SEED + salt + sum(shape) * 7919)
-    return (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(SEED + salt + sum(shape) * 7919)
+    return (torch.randn(shape, generator=generator, device=DEVICE) * scale + shift).to(dtype)
 
 
 def words(n, *shape):
     """Integers below n, int64."""
-    return torch.randint(n, shape, generator=torch.Generator().manual_seed(SEED + n)).to(DEVICE)
+    return torch.randint(n, shape, generator=torch.Generator(DEVICE).manual_seed(SEED + n), device=DEVICE)
 
 
 def assert_close(got, want, tolerance, what=""):
@@ -77,6 +88,12 @@ def assert_close(got, want, tolerance, what=""):
     error = (got.double() - want).norm().item()
     size = want.norm().item()
     assert error <= tolerance * size + 1e-30, f"{what}: off by {error:.2e} of {size:.2e}, SEED={SEED}"
+
+
+def assert_same(got, want, tolerance=1e-6):
+    """The same bits in the interpreter; on a GPU to rounding, since two variants of a kernel may fuse products and sums
+    differently, and libraries may add in any order."""
+    assert_close(got, want.double(), tolerance if GPU else 0)
 
 
 def gradients(function, inputs, upstream):
@@ -110,11 +127,10 @@ def norm_oracle(rms, alpha):
     return oracle
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@sizes([(3, 7, 37)], [(3, 4097, 771)], [(8, 2048, 2048), (32, 1024, 768)])
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize(("rms", "with_bias", "alpha"), [(False, True, 1.0), (False, False, 0.5), (True, False, 1.0)])
-def test_add_norm_forward_and_backward(rms, with_bias, alpha, with_residual, dtype):
-    shape = (3, 4097, 771) if GPU else (3, 7, 37)  # in the interpreter 6 blocks of 4 rows for 4 programs
+def test_add_norm_forward_and_backward(rms, with_bias, alpha, with_residual, shape, dtype):
     x, residual = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, salt=1) if with_residual else None
     weight, bias = draw(shape[-1], shift=1.0), draw(shape[-1], salt=2) if with_bias else None
     upstream = [draw(*shape, dtype=dtype, salt=3), draw(*shape, dtype=dtype, salt=4)]
@@ -163,9 +179,10 @@ def test_norms_of_rows_far_from_zero_of_constant_rows_and_of_a_residual_stream_i
     residual, branch = draw(9, d, salt=1), draw(9, d, dtype=torch.bfloat16, salt=2)
     ones = torch.ones(d, device=DEVICE)
     want = norm_oracle(False, 1.0)(far.double(), None, ones.double(), None)[0]
-    assert_close(add_norm(far, None, ones)[0], want, 1e-4)  # fp32 itself has 3e-5 of a step of 1 at 1000
+    # fp32 itself has 3e-5 of a step of 1 at 1000; a GPU's division may be two such steps off
+    assert_close(add_norm(far, None, ones)[0], want, 3e-4 if GPU else 1e-4)
     y, _ = add_norm(torch.full((3, d), 7.0, device=DEVICE), None, ones, draw(d))
-    assert torch.equal(y, draw(d).expand(3, d))  # nothing but the bias
+    assert_same(y, draw(d).expand(3, d), 1e-3)  # nothing but the bias
     y, r = add_norm(branch, residual, ones)
     assert r.dtype == y.dtype == torch.float32
     assert_close(r, residual.double() + branch.double(), 1e-7)
@@ -175,10 +192,9 @@ def test_norms_of_rows_far_from_zero_of_constant_rows_and_of_a_residual_stream_i
 # ------------------------------------------------------------------------------------------------------------- swiglu
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@sizes([(2, 3, 2 * 1032)], [(2, 1025, 2 * 2728)], [(16384, 2 * 5504)])  # each row ends in a part of a block
 @pytest.mark.parametrize("gate_first", [True, False])
-def test_swiglu_forward_and_backward(gate_first, dtype):
-    shape = (2, 1025, 2 * 2728) if GPU else (2, 3, 2 * 1032)  # a part of a block at the end of each row
+def test_swiglu_forward_and_backward(gate_first, shape, dtype):
     x, dh = draw(*shape, dtype=dtype, scale=3.0), draw(*shape[:-1], shape[-1] // 2, dtype=dtype, salt=1)
 
     def oracle(x):
@@ -217,12 +233,13 @@ def turn(qkv, R, interleaved, pos):
     return heads
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@sizes([(2, 7, 3, 16)], [(3, 1031, 5, 16)], [(4, 2048, 16, 128), (4, 2048, 12, 64)])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("R", [4, 6, 16])  # a quarter, no power of two, all of the head
-@pytest.mark.parametrize("positions", ["none", "each", "expanded"])
-def test_rope_forward_and_backward(positions, R, interleaved, dtype):
-    B, T, H, D = (3, 1031, 5, 16) if GPU else (2, 7, 3, 16)
+# a quarter, no power of two, all of the head; each with another kind of positions, which does not touch the channels
+@pytest.mark.parametrize(("share", "positions"), [(1 / 4, "none"), (3 / 8, "each"), (1, "expanded")])
+def test_rope_forward_and_backward(share, positions, interleaved, shape, dtype):
+    B, T, H, D = shape
+    R = int(share * D)
     cos, sin = rope_tables(2 * T, R, device=DEVICE)
     # the second an expanded view, whose memory is one row
     pos = {"none": None, "each": words(2 * T, B, T).int(), "expanded": words(2 * T, T).expand(B, T)}[positions]
@@ -259,7 +276,7 @@ def test_rope_writes_in_place_only_what_turns_and_its_backward_undoes_it():
     back = torch.ops.nanocrystal.rope_pack(*heads, cos, sin, None, False)
     assert_close(back, original.double(), 5e-7)
     different = [heads[0].contiguous(), heads[1], heads[2]]
-    assert torch.equal(torch.ops.nanocrystal.rope_pack(*different, cos, sin, None, False), back)
+    assert_same(torch.ops.nanocrystal.rope_pack(*different, cos, sin, None, False), back)
 
 
 # ---------------------------------------------------------------------------------------------------------- linear_ce
@@ -286,12 +303,12 @@ CE = {  # x scale, logit_scale, z_coef, padding, divisor, ignored rows
 
 
 # no fp16 over 50,304 words: a gradient of 1e-9 is none there
-@pytest.mark.parametrize("dtype", DTYPES[::2] if GPU else DTYPES)
+@sizes([(40, 24, 1000)], [(4001, 768, 50304)], [(16384, 2048, 50304)], DTYPES[::2] if GPU else DTYPES)
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("case", CE)
-def test_linear_ce_forward_and_backward(case, chunks, dtype):
+def test_linear_ce_forward_and_backward(case, chunks, shape, dtype):
     scale, logit_scale, z_coef, padding, divisor, ignored = CE[case]
-    N, d, V = (4001, 768, 50304) if GPU else (40, 24, 1000)
+    N, d, V = shape
     x, weight = draw(N, d, dtype=dtype, scale=scale), draw(V, d, scale=d**-0.5)
     target = words(V - padding, N)
     target[torch.arange(ignored) * 3] = -1
@@ -381,7 +398,8 @@ def test_evaluation_has_the_losses_of_training_and_keeps_no_gradients():
         *_, dx, dw = torch.ops.nanocrystal.linear_ce(x, weight, target, 1.0, 0.0, -1, V, None, N, False)
     assert trained[0].requires_grad and not evaluated[0].requires_grad and dx.numel() == dw.numel() == 0
     assert not trained[1].requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
+    for a, b in zip(trained, evaluated, strict=True):
+        assert_same(b, a.detach())
 
 
 def test_linear_ce_holds_no_more_logits_than_its_budget(monkeypatch):
@@ -432,11 +450,16 @@ def draw_masks(T, which, device=DEVICE):
     return prefix if "prefix" in which else None, doc if "document" in which else None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+LENGTHS = 33, 200, 1100  # on a CPU plain products in one part and in two, and torch's own
+
+
+@sizes(
+    [(3, 2, T, 8) for T in LENGTHS], [(3, 2, T, 64) for T in LENGTHS], [(3, 6, 2048, 128)],
+    [torch.float32, torch.bfloat16],
+)  # fmt: skip
 @pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize("T", [33, 200, 1100])  # plain products in one part and in two; torch's own
-def test_attention_under_every_mask(T, which, dtype):
-    B, H, D = 3, 2, 64 if GPU else 8
+def test_attention_under_every_mask(which, shape, dtype):
+    B, H, T, D = shape
     q, k, v = (draw(B, H, T, D, dtype=dtype, salt=i) for i in range(3))
     prefix, doc = draw_masks(T, which)
     seen = attention_mask(T, T, prefix, doc, DEVICE)
@@ -446,10 +469,11 @@ def test_attention_under_every_mask(T, which, dtype):
 
     mask = batch_mask(T, prefix, doc, dtype)
     tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-4 if GPU else 2e-6  # some backends make fp32 of three tf32
-    compare(
-        lambda *qkv: [attention(*qkv, scale=1 / D, mask=mask)], oracle,
-        [q, k, v], [draw(B, H, T, D, dtype=dtype, salt=9)], [tolerance, *[tolerance * 4] * 3],
-    )  # fmt: skip
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # beyond it FlexAttention would run unfused
+        compare(
+            lambda *qkv: [attention(*qkv, scale=1 / D, mask=mask)], oracle,
+            [q, k, v], [draw(B, H, T, D, dtype=dtype, salt=9)], [tolerance, *[tolerance * 4] * 3],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("which", WHICH)
@@ -473,16 +497,20 @@ def test_a_mask_is_its_rule_pair_by_pair(which):
         assert torch.allclose(got, attention(q, k, v, scale=0.125, mask=batch_mask(T, prefix, doc)), atol=1e-6)
 
 
+def draw_batch(which, T, seed):
+    """prefix, doc (2, T) or None each: one prefix and documents of random lengths."""
+    g = torch.Generator().manual_seed(seed)
+    doc = (torch.rand(2, T, generator=g) < 0.02).cumsum(1).to(DEVICE)
+    prefix = (torch.arange(T)[None] < torch.randint(0, T, (2, 1), generator=g)).int().to(DEVICE)
+    return prefix if "prefix" in which else None, doc if "document" in which else None
+
+
 @pytest.mark.parametrize("which", WHICH[1:])
 def test_masks_of_new_batches_need_no_new_compilation(which):
     T, counter = 256, CompileCounter()
-    torch._dynamo.reset()
     compiled = torch.compile(attention, backend="inductor" if GPU else counter, dynamic=False)
     for seed in range(4):
-        g = torch.Generator().manual_seed(seed)
-        doc = (torch.rand(2, T, generator=g) < 0.02).cumsum(1).to(DEVICE)
-        prefix = (torch.arange(T)[None] < torch.randint(0, T, (2, 1), generator=g)).int().to(DEVICE)
-        given = prefix if "prefix" in which else None, doc if "document" in which else None
+        given = draw_batch(which, T, seed)
         masks = [batch_mask(T, *given)]  # on a GPU a BlockMask
         if not GPU:
             masks.append(create_block_mask(visible(*given), 2, None, T, T, DEVICE, BLOCK_SIZE=128))
@@ -493,6 +521,19 @@ def test_masks_of_new_batches_need_no_new_compilation(which):
                     got = compiled(q, k, v, mask=mask)
                 assert torch.allclose(got, attention(q, k, v, mask=masks[0]), atol=1e-2 if GPU else 1e-5)
     assert GPU or counter.frame_count == 2  # of DenseMask and of BlockMask
+
+
+def test_a_model_that_is_not_compiled_compiles_flexattention_once_for_each_kind_of_mask(monkeypatch):
+    """Batch after batch, in one process. After the eighth compilation Dynamo would run it unfused without a word."""
+    T, counter = 256, CompileCounter()
+    compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
+    monkeypatch.setattr(sys.modules["kernels.attention"], "compiled_flex_attention", lambda: compiled)
+    for which, seed in itertools.product(WHICH[1:], range(4)):
+        mask = create_block_mask(visible(*draw_batch(which, T, seed)), 2, None, T, T, DEVICE, BLOCK_SIZE=128)
+        q, k, v = (draw(2, 2, T, 64, salt=seed + i) for i in range(3))
+        with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            attention(q, k, v, mask=mask)
+    assert counter.frame_count == len(WHICH[1:])
 
 
 # ------------------------------------------------------------------------------------------------ how they fit in torch
@@ -519,10 +560,11 @@ def op_arguments():
         (ops.rope_pack, (*heads, cos, sin, torch.zeros(4, 6, dtype=torch.int32, device=DEVICE), True)),
         (ops.linear_ce, (rows, weight, target, 1.0, 1e-3, -1, 30, None, 4, True)),
         (ops.linear_ce, (rows, weight, target, 1.0, 0.0, -1, 32, divisor, 10, True)),
+        (ops.accumulate_, (draw(8, 16), draw(10, 8, dtype=torch.bfloat16), draw(10, 16, dtype=torch.bfloat16))),
     ]
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(11))
 def test_ops_keep_the_rules_of_custom_operators(index):
     """Schema, autograd registration, fake tensors and AOT dispatch, each checked by torch."""
     op, arguments = op_arguments()[index]
@@ -530,6 +572,7 @@ def test_ops_keep_the_rules_of_custom_operators(index):
 
 
 KNOBS = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=96)
+STEP = 2e-5 if GPU else 5e-6  # of two ways to compute a step in fp32; a GPU's attention multiplies in three tf32 parts
 
 
 def step(model, salt=0):
@@ -546,11 +589,12 @@ def step(model, salt=0):
 def test_the_model_takes_the_same_step_with_kernels_and_without(knobs):
     model = GPT(GPTConfig(**KNOBS | knobs, vocab_real=90)).to(DEVICE)
     init_weights(model, 1)
-    fused, again = step(model), step(model)
-    assert all(torch.equal(a, b) for a, b in zip(fused, again, strict=True))  # the same bits every time
+    fused = step(model)
+    for a, b in zip(step(model), fused, strict=True):
+        assert_same(a, b)
     backend.using.update(dict.fromkeys(backend.using, "torch"))
     for a, b in zip(fused, step(model), strict=True):
-        assert_close(a, b.double(), 5e-6)
+        assert_close(a, b.double(), STEP)
 
 
 @pytest.mark.parametrize("backend_name", ["aot_eager", *(["inductor"] if GPU else [])])
@@ -558,17 +602,16 @@ def test_the_model_compiles_in_one_graph_with_the_kernels_inside(backend_name):
     model = GPT(GPTConfig(**KNOBS, vocab_real=90)).to(DEVICE)
     init_weights(model, 1)
     want = step(model)
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend_name)
     for a, b in zip(step(compiled), want, strict=True):
-        assert_close(a, b.double(), 5e-6)
+        assert_close(a, b.double(), STEP)
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmark
 
 
 def test_the_benchmark_times_the_kernel_that_training_runs():
-    from kernels.bench import entropy
+    from measure.kernels import entropy
 
     x, weight, target = draw(12, 16), draw(300, 16, salt=1), words(300, 12)
     logits = x @ weight.T
@@ -579,9 +622,9 @@ def test_the_benchmark_times_the_kernel_that_training_runs():
     assert_close(logits.T @ x, dw.double(), 1e-6)
 
 
-@pytest.mark.skipif(GPU, reason="takes minutes; python bench.py --only tune")
+@pytest.mark.skipif(GPU, reason="takes minutes; python bench.py --gpu --only tune")
 def test_tuning_tries_every_kernel():
-    from kernels.bench import tune
+    from measure.kernels import tune
 
     before = dict(backend.TILES)
     rows = list(tune())
@@ -630,7 +673,10 @@ model(tokens, tokens)[0].backward()
     assert done.returncode == 0, done.stderr
 
 
-def test_training_with_kernels_follows_training_without_and_resumes_bit_for_bit(tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["float32", *(["bfloat16"] if GPU else [])])
+def test_training_with_kernels_follows_training_without_and_resumes_bit_for_bit_in_fp32(dtype, tmp_path, capsys):
+    """In bf16, on a GPU, it resumes to within 1%: cuDNN's attention does not add up its gradients in a fixed order. In
+    fp32 16 positions are one block of another attention kernel, so that even there the order is fixed."""
     rng = np.random.default_rng(0)
     (tmp_path / "data/text").mkdir(parents=True)
     for split, n in (("train", 4000), ("val", 200)):  # each token is the one before plus 1 or 2: something to learn
@@ -638,7 +684,7 @@ def test_training_with_kernels_follows_training_without_and_resumes_bit_for_bit(
     (tmp_path / "phase.py").write_text("mix = {'text': 1.0}\n")
     model = [f"--{k}={v}" for k, v in KNOBS.items()]
     common = [tmp_path / "phase.py", f"--data={tmp_path}/data", *model, "--batch=32", "--log_every=1", "--save_every=3",
-              "--eval_tokens=32", f"--device={DEVICE}", "--compile=no", "--dtype=float32"]  # fmt: skip
+              "--eval_tokens=32", f"--device={DEVICE}", "--compile=no", f"--dtype={dtype}"]  # fmt: skip
 
     def run(out, kernels):
         assert train.main([*map(str, common), "--budget=256", f"--out={tmp_path}/{out}", f"--kernels={kernels}"]) == 0
@@ -647,25 +693,26 @@ def test_training_with_kernels_follows_training_without_and_resumes_bit_for_bit(
 
     plain, fused = run("plain", "torch"), run("fused", "triton")
     assert "triton: linear_ce, rope, norm, swiglu" in capsys.readouterr().out
-    tolerance = 2e-3 if GPU else 2e-5  # train.py allows tf32
+    tolerance = 2e-2 if dtype == "bfloat16" else 2e-3 if GPU else 2e-5  # attention in tf32 parts
     assert len(fused) == 8 and np.allclose(plain, fused, rtol=tolerance) and fused != plain
     shutil.rmtree(tmp_path / "fused/phase/checkpoints/step-00000008")  # as if it had been killed after step 6
-    assert run("fused", "triton") == fused
+    resumed = run("fused", "triton")
+    assert resumed == fused if dtype == "float32" else np.allclose(resumed, fused, rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------- compiled, without a GPU
 
 COMPILE = '''
-"""Compile the kernels as on a Hopper GPU and print, for each: its name, bytes of stack, and its memory instructions."""
-import subprocess, sys, tempfile
+"""Compile the kernels as for an A100 and an H100, at training's shapes, and print a line of JSON about each."""
+import json, subprocess, tempfile
 from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 class Driver:
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = lambda self: 0
+    get_current_target = lambda self: GPUTarget("cuda", generation, 32)
+    get_current_device = lambda self: generation  # by which Triton keeps what it compiled
     get_current_stream = lambda self, device=None: 0
 
 triton.runtime.driver.set_active(Driver())
@@ -679,42 +726,82 @@ def compile_only(self, *args, grid, warmup, **kwargs):
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         used, code = (subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
                       for flag in ("-res-usage", "-sass"))
-    words = [word for word in code.split() if word.startswith(("LDG", "STG", "LDL", "STL"))]
-    stack = used.split("STACK:")[1].split()[0]
-    print(self.fn.__module__, self.__name__, stack, *words)
+    registers, stack = (int(used.split(name + ":")[1].split()[0]) for name in ("REG", "STACK"))
+    memory = [word for word in code.split() if word.startswith(("LDG", "STG", "LDL", "STL"))]
+    print(json.dumps(dict(
+        kernel=f"{self.fn.__module__}.{self.__name__}", shape=shape, generation=generation, registers=registers,
+        stack=stack, shared=kernel.metadata.shared, warps=kernel.metadata.num_warps, programs=grid[0], memory=memory,
+    )))
 
 JITFunction.run = compile_only
 bf16 = torch.bfloat16
 ops = torch.ops.nanocrystal
 import kernels
-for d in (768, 8192):
-    x, w = torch.empty(64, d, dtype=bf16), torch.empty(d)
-    y, r, mean, rstd = ops.add_norm(x, x, w, w, 1e-5, False, 1.0)
-    ops.add_norm_backward(y, r, r, w, mean, rstd, False, True)
-for f in (2816,):
-    gate_up = torch.empty(4, 2 * f, dtype=bf16)
-    ops.swiglu_backward(ops.swiglu(gate_up, True), gate_up, True)
-for D in (64,):
-    cos, sin = kernels.rope_tables(64, D // 4)
-    qkv = torch.empty(2, 64, 3, 12, D, dtype=bf16)
-    ops.rope_rotate_(qkv, cos, sin, None, False)
-    ops.rope_pack(*qkv.permute(2, 0, 3, 1, 4), cos, sin, None, False)
-for V in (50304,):
-    x, w, target = torch.empty(64, 32, dtype=bf16), torch.empty(V, 32, dtype=bf16), torch.zeros(64, dtype=torch.long)
-    ops.linear_ce(x, w, target, 1.0, 1e-3, -1, V - 100, None, 64, True)
+for generation in (80, 90):
+    for d in (768, 1024, 2048, 4096, 8192):
+        shape = f"d {d}"
+        x, w = torch.empty(64, d, dtype=bf16), torch.empty(d)
+        y, r, mean, rstd = ops.add_norm(x, x, w, w, 1e-5, False, 1.0)
+        for with_bias in (True, False):
+            ops.add_norm_backward(y, r, r, w, mean, rstd, False, with_bias)
+    for f in (2048, 2752):  # 5,504 and 11,008 take the same registers as 2,752
+        shape = f"f {f}"
+        gate_up = torch.empty(4, 2 * f, dtype=bf16)
+        ops.swiglu_backward(ops.swiglu(gate_up, True), gate_up, True)
+    for H, D in ((12, 64), (6, 128), (16, 128)):
+        shape = f"{H} heads of {D}"
+        cos, sin = kernels.rope_tables(64, D // 4)
+        qkv = torch.empty(2, 64, 3, H, D, dtype=bf16)
+        ops.rope_rotate_(qkv, cos, sin, None, False)
+        ops.rope_pack(*qkv.permute(2, 0, 3, 1, 4), cos, sin, None, False)
+    for V, words in ((50304, 50257), (32128, 32032), (8192, 8192)):
+        shape = f"V {V}"
+        x, w, target = torch.empty(8, 32, dtype=bf16), torch.empty(V, 32, dtype=bf16), torch.zeros(8, dtype=torch.long)
+        ops.linear_ce(x, w, target, 1.0, 1e-3, -1, words, None, 8, True)
 '''
+# warps that a multiprocessor must hold, of 64: enough that some read while others compute or wait for each other
+LEAST_WARPS = {"kernels.norm.backward_kernel": 24}  # which keeps sums in registers; the others 32
+SHARED = {80: 164 << 10, 90: 228 << 10}  # bytes of a multiprocessor, of which the system takes 1,024 a program
 
 
-def test_every_kernel_compiles_for_hopper_keeps_to_registers_and_reads_16_bytes_at_a_time(tmp_path):
-    """As far as can be seen without a GPU: no local memory, and no narrow access to anything but scalars."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len({(module, name) for module, name, *_ in lines}) == 7
-    for module, name, stack, *words in lines:
-        assert stack == "0" and not any(word.startswith(("LDL", "STL")) for word in words), (module, name, stack)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_keeps_to_registers_and_reads_16_bytes_at_a_time(compiled):
+    """As far as can be seen without a GPU: no local memory, and no narrow access to anything but scalars."""
+    assert len({entry["kernel"] for entry in compiled}) == 7
+    for entry in compiled:
+        words = entry["memory"]
+        assert entry["stack"] == 0 and not any(word.startswith(("LDL", "STL")) for word in words), entry
         wide = [word for word in words if "128" in word and word.startswith(("LDG", "STG"))]
-        assert {word[:3] for word in wide} == {"LDG", "STG"}, (module, name, words)
+        assert {word[:3] for word in wide} == {"LDG", "STG"}, entry
         # what is left: statistics, targets, divisors, in single words; and the one logit that a target picks
-        assert sum(word in ("LDG.E.U16", "STG.E.U16", "STG.E.64") for word in words) <= 1, (module, name, words)
+        assert sum(word in ("LDG.E.U16", "STG.E.U16", "STG.E.64") for word in words) <= 1, entry
+
+
+def resident_warps(entry):
+    """Warps of a kernel that a multiprocessor holds at once, of 64: the CUDA programming guide's compute capabilities.
+
+    Each of four partitions has 16,384 registers and gives them to whole warps, by the 256.
+    """
+    registers = -(-entry["registers"] * 32 // 256) * 256
+    by_registers = 16384 // registers * 4 // entry["warps"]
+    by_memory = SHARED[entry["generation"]] // (entry["shared"] + 1024)
+    return min(32, 64 // entry["warps"], by_registers, by_memory) * entry["warps"]
+
+
+def test_a_multiprocessor_holds_enough_warps_of_every_kernel(compiled):
+    for entry in compiled:
+        warps, least = resident_warps(entry), LEAST_WARPS.get(entry["kernel"], 32)
+        what = "sm_{generation} {kernel}, {shape}: {registers} registers, {shared} bytes".format(**entry)
+        assert entry["shared"] <= SHARED[entry["generation"]] - 1024, what
+        assert warps >= least, f"{what}: {warps} warps"
+        if entry["kernel"] == "kernels.norm.backward_kernel" and entry["generation"] == 90:
+            # its programs have equally many rows: one that came after the others would double the time
+            assert entry["programs"] * entry["warps"] <= warps, f"{what}: {entry['programs']} programs"

@@ -11,7 +11,7 @@ whose warmup is 1% of the steps; so short a run wants a longer one.
 size = "nano"
 parallel, tie = True, False
 budget = 1e6
-batch = 4096
+batch = 4096 if size == "nano" else 0  # 0: the size's own
 mix = {"code": 1, "text": 0}  # text is evaluated, not trained on
 objective = {"code": codegen2(0.5)}
 lr_peak = 0.006

@@ -15,7 +15,6 @@ _steps = {"phase1": 79_721, "phase2": 214_387, "phase3": 27_728}
 batch = 2112 * 2048  # 4,325,376 tokens a step, constant
 budget = sum(_steps.values()) * batch
 share = _steps["phase1"] / sum(_steps.values())
-micro_batch = 1
 
 mix = {
     "slimpajama_commoncrawl": 0.53346,

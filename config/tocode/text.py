@@ -19,7 +19,7 @@ The paper does not say which it did, nor its peak rate, floor, positions or norm
 size = "nano"
 budget = 11e6
 share = 5 / 11
-batch = 4096
+batch = 4096 if size == "nano" else 0  # 0: the size's own
 parallel = True  # attention and MLP of one norm, summed
 rotary = 1.0
 decay = "cosine"
