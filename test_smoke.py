@@ -35,7 +35,7 @@ import tokenizer
 import train
 from configurator import read_command_line
 from conftest import PHASES, ROOT, losses, run, tensors_in
-from kernels import add_norm, attention, linear_ce, rope_qkv_, rope_tables, swiglu
+from kernels import add_norm, attention, dense_mask, linear_ce, rope_qkv_, rope_tables, swiglu
 from mix import Source
 from model import GPT, PRESETS, GPTConfig, Linear, accumulating, init_weights, kind, param_groups
 
@@ -76,6 +76,26 @@ def test_attention_with_a_cache_sees_what_a_full_pass_sees():
     whole = attention(q, k, v)
     for new in (1, 5):
         assert torch.allclose(attention(q[:, :, -new:], k, v), whole[:, :, -new:], atol=1e-12)
+
+
+def test_attention_that_meets_new_shapes_all_the_time_never_asks_cudnn_for_a_plan_of_each(monkeypatch):
+    """Decoding, whose keys grow, and the dense masks of packed requests; training's causal attention may."""
+    asked, real = [], F.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q = torch.randn(1, 2, 1100, 8)  # longer than what a CPU multiplies itself
+    attention(q, q, q)
+    assert asked == [True]
+    mask = dense_mask(torch.ones(1, 1, 1100, 1100).tril().bool(), torch.float32, True)
+    for inputs, how in (((q[:, :, -1:], q, q), {}), ((q[:, :, -3:], q, q), {}), ((q, q, q), {"mask": mask})):
+        attention(*inputs, **how)
+    assert asked == [True, False, False, False] and torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(AssertionError, match=r"float32.*bfloat16"):  # which some backends would misread
+        attention(*[q.bfloat16()] * 3, mask=mask)
 
 
 def far_angles(length, R):
@@ -831,6 +851,39 @@ def test_micro_batches_are_slices_of_the_same_samples_in_the_same_steps(phases, 
         assert all(torch.equal(a, b) for a, b in zip(rows[micro], rows[16], strict=True))
     expected, source, _ = phase.mix.batch(32, 96)
     assert np.array_equal(rows[16][1].numpy(), expected[:, 1:]) and np.array_equal(rows[16][2].numpy(), source)
+
+
+def test_a_size_above_nano_has_a_batch_that_is_worth_a_gpu_unless_one_is_given():
+    for arguments, batch in (
+        ([], 4096), (["--size=30M"], 65_536), (["--size=124M"], 524_288), (["--size=124M", "--batch=65536"], 65_536)
+    ):  # fmt: skip
+        ((_, cfg),) = read_phases([str(ROOT / "config/phase1.py"), "--budget=100M", *arguments])
+        assert cfg.batch == batch and cfg.batch % cfg.block_size == 0, arguments
+
+
+def test_micro_batches_that_do_not_fit_are_refused_in_one_line(phases, tmp_path, monkeypatch, capsys):
+    def forward(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    for knobs, advice in (({}, "--micro_batch=8"), ({"micro_batch": 1}, "--recompute=True")):
+        assert train.main(phases("a", **knobs)) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "do not fit" in err and err.endswith(f"try {advice}\n"), err
+
+
+def test_on_a_gpu_masks_beyond_dynamos_limit_are_an_error_and_not_slow(monkeypatch):
+    limits = torch._dynamo.config
+    for compiled in (False, True):
+        with limits.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+            monkeypatch.setattr(train, "find_device", lambda cfg, c=compiled: ("cuda", torch.bfloat16, c))
+            train.parallelize(tiny(), train.Config())
+            assert limits.recompile_limit >= 64 and limits.fail_on_recompile_limit_hit
+
+
+def test_float32_is_never_tf32(phases):
+    assert train.main(phases("a", budget=4 * 512, share=1.0)) == 0
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_accumulation_gives_the_loss_of_the_whole_batch(phases, tmp_path, straight):
