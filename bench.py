@@ -11,8 +11,9 @@ Rates are medians over rounds in which all ways take turns, so that what else ru
 "of limit" is the median of the ratios within a round. A rate per CPU-second leaves out time the process had to wait.
 
 --gpu runs the stages of measure/gpu.py, the most telling first, each in a process of its own with its own limit, on
-sources text and code in --data (the default corpus, if there are none). It keeps what was measured after every row,
-leaves stages out from the end when the minutes are over, and exits with 1 if anything that must hold does not.
+sources text and code in --data (the default corpus, if there are none). It keeps what was measured after every row and
+all output in a .log beside it, leaves stages out from the end when the minutes are over, and exits with 1 if anything
+that must hold does not. tune, for launch parameters, runs only if it is named.
 A section is a function that returns rows (see measure/table.py); add it to SECTIONS.
 """
 
@@ -417,7 +418,7 @@ def read_arguments(argv, lack):
     parser.add_argument("--data", type=Path, default=Path("data"), help="--gpu: prepared sources text and code")
     args = parser.parse_args(argv)
     every = gpu.STAGES if args.gpu else SECTIONS
-    args.only = args.only or [*every]
+    args.only = args.only or [name for name in every if name != "tune"]  # which takes longer than all the others
     if others := sorted({*args.only} - {*every}):
         parser.exit(2, f"bench.py: {', '.join(others)}: {'not a stage of' if args.gpu else 'a stage of'} --gpu\n")
     if args.gpu and lack:
@@ -442,7 +443,9 @@ def main(argv, setting=None):
 
     print("\n".join(f"{name:<9} {text}" for name, text in about.items()))
     if args.gpu:
-        return gpu.first_minutes(args.only, 60 * args.minutes, args.data, keep, setting)
+        log = path.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return gpu.first_minutes(args.only, 60 * args.minutes, args.data, keep, log, setting)
     for section in args.only:
         print(f"\n{section}\n{HEADER}")
         rows = []

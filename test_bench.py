@@ -32,7 +32,7 @@ def rehearsal(tmp_path, data, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # for the kernels' tests, which have a process of their own
     small = {"size": "nano", **TINY, "block_size": 32, "batch": 512, "device": "cpu"}
     return gpu.Setting(
-        data, tmp_path / "runs", steps=6, sides=(32,), tests=("swiglu_saturates",), small=small, large=small,
+        data, tmp_path / "runs", sides=(32,), tests=("swiglu",), small=small, large=small,
         ways=("on the CPU", "fp32, torch"),
         shape={**TINY, "block_size": 16, "batch": 32, "vocab_size": 96, "device": "cpu"},
     )  # fmt: skip
@@ -62,7 +62,11 @@ def test_a_gpus_first_minutes_run_to_the_end_though_a_stage_crashes_and_another_
     assert [*saved] == [*stages]
     wrong = [r["what"] for rows in saved.values() for r in rows if r["must"] is False]
     # and the softmax part alone, which has no reference to run in its place
-    assert wrong == ["crashed, exit code -9", "killed after 1 s", "linear_ce softmax part, toy"]
+    assert wrong == ["crashed, exit code -9", "killed after 1 s", "linear_ce softmax part, toy"], wrong
+    assert [(r["what"], r["value"]) for r in saved["right"]] == [
+        ("test_swiglu_forward_and_backward", 6),
+        ("test_swiglu_saturates_without_nan_and_leaves_unaligned_widths_to_torch", 1),
+    ]
     assert saved["crashes"][0]["what"] == "before the crash" and saved["hangs"][0]["what"] == "before the hang"
     assert not os.path.exists(f"/proc/{sleepers.read_text()}")
     assert len(saved["run"]) == 4 + 1 + len(gpu.MASKS) + 4
@@ -81,6 +85,14 @@ def test_stages_are_left_out_from_the_end_when_the_time_is_over(rehearsal, monke
     path = tmp_path / "gpu.json"
     assert bench.main(["--gpu", f"--minutes={15.2 / 60}", "--json", str(path)], rehearsal) == 0
     assert [*json.loads(path.read_text())] == ["gpu: first"]
+
+
+def test_a_failing_test_of_a_kernel_is_named_whatever_its_parameters_look_like():
+    lines = ["kernels/test_kernels.py::test_a[(3, 4097)-torch.float32] PASSED [ 10%]\n", "collected 3 items\n",
+             "kernels/test_kernels.py::test_a[prefix and document] FAILED [ 20%]\n",
+             "kernels/test_kernels.py::test_b ERROR [ 30%]\n"]  # fmt: skip
+    expected = [("test_a", "[(3, 4097)-torch.float32]", True), ("test_a", "[prefix and document]", False)]
+    assert list(gpu.outcomes(lines)) == [*expected, ("test_b", "", False)]
 
 
 def test_what_a_process_of_its_own_does_is_told_and_leaves_nothing_behind():
@@ -138,8 +150,8 @@ def test_the_benchmark_of_processes_runs_to_the_end():
     tiny = {"size": "nano", **TINY, "block_size": 16, "batch": 64, "vocab_size": 96, "device": "cpu"}
     tiny |= {"dtype": "float32"}
     rows = list(processes.bench_processes(rounds=1, speed=tiny, memory=tiny))
-    steps = ["tokens/s", "ms", "x", "x"]
-    assert [r["unit"] for r in rows] == [*steps, "tokens/s", "", *steps[1:], *steps, *3 * ["GB"]]
+    units = ["tokens/s", "tokens/s", "", "tokens/s", *3 * ["ms", "x", "x"], *3 * ["GB"]]
+    assert [r["unit"] for r in rows] == units
     assert all(r["value"] > 0 for r in rows if r["unit"] == "tokens/s")
     assert all(r["must"] is not False for r in rows)
 

@@ -1161,7 +1161,8 @@ def train(named, fresh, stop):
     try:
         speed = rehearse(model, first, device, stop)
     except torch.OutOfMemoryError:
-        fewer = f"--micro_batch={first.micro // 2}" if first.micro > 1 else "--recompute=True"
+        smaller = [n for n in range(1, first.micro) if first.micro % n == 0]
+        fewer = f"--micro_batch={smaller[-1]}" if smaller else "--recompute=True"
         raise ConfigError(
             f"{first.micro} rows of {cfg.block_size:,} tokens do not fit into the GPU's memory at a time; try {fewer}"
         ) from None

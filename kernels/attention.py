@@ -3,7 +3,7 @@
 | where | causal | prefix, document |
 |---|---|---|
 | CUDA | scaled_dot_product_attention: cuDNN or flash, torch chooses | FlexAttention, which skips empty blocks |
-| CUDA, with a cache or a dense mask | scaled_dot_product_attention, never cuDNN | the same, with the mask added |
+| CUDA, fewer queries than keys, or a dense mask | the same, but never cuDNN | the same, with the mask added |
 | elsewhere, up to 1,024 positions | plain products | the same, with the mask added |
 | elsewhere, longer | scaled_dot_product_attention | the same, with the mask added |
 

@@ -14,6 +14,10 @@ class Ended(Exception):
     """The process did not come to its end; the message says how it went."""
 
 
+class OutOfTime(Ended):
+    """It was killed."""
+
+
 def apart(function, seconds=1e6, log=None):
     """Yield what function() yields, which runs in a forked process and has so many seconds. Raises Ended.
 
@@ -37,22 +41,23 @@ def apart(function, seconds=1e6, log=None):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
     if not over:
-        raise Ended(f"killed after {seconds:.0f} s")
+        raise OutOfTime(f"killed after {seconds:.0f} s")
     if answer:
         raise Ended(answer)
 
 
 def serve(function, pipe, log):
-    os.setsid()  # with all its descendants one group, that can be ended as one
+    os.setpgrp()  # with all its descendants one group, that can be ended as one
     if log:
-        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # lest a death take a line with it
     try:
         for answer in function():
             pipe.send((False, answer))
         pipe.send((True, ""))
     except Exception as error:
         sys.excepthook(*sys.exc_info())
-        sys.stderr.flush()
         pipe.send((True, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
 
 

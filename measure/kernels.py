@@ -118,7 +118,7 @@ def kernel_row(op, what, size, ways, work, unit, limit_us, least=None):
     notes = [rate, *(f"{name} {t / ours:.2f}x" for name, t in us.items() if name != "ours"), *notes]
     target = least and (0, limit_us / least)
     note = ", ".join(notes)
-    return row(f"{op} {what}, {size}", ours, "us", None, limit_us / ours, target, note, must=True) | more
+    return row(f"{op} {what}, {size}", ours, "us", None, limit_us / ours, target, note) | more
 
 
 def limit_us(function, *inputs):

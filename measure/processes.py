@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import processes
 import train
+from kernels import backend
 from measure.table import row
 from measure.train import RANDOM, training
 from model import GPT, PRESETS, GPTConfig
@@ -36,34 +37,44 @@ def bench_processes(rounds=15, speed=None, memory=None):
     yield from memory_rows(memory or (gpu if cuda else cpu) | short, worlds)
 
 
-def step_rows(knobs, worlds, rounds):
-    """Tokens/s ("of limit": over one process), and what a checkpoint adds."""
+SAVINGS = {"beside": "and the checkpoint written beside it", "before": "after it has waited for one"}
+
+
+def step_rows(knobs, worlds, rounds, savings=tuple(SAVINGS), saves=None):
+    """Tokens/s ("of limit": over one process); then what a checkpoint adds, in so many rounds, or `saves`."""
     groups = {name: start_group(world, knobs) for name, world in worlds.items()}
-    seconds, losses = {(name, saving): [] for saving in ("", "beside", "before") for name in groups}, {}
-    for i in range(rounds + 1):
-        for (name, saving), so_far in seconds.items():
-            answers = ask(groups[name], saving)
-            if i:  # the first round warms up
-                so_far.append(tuple(max(column) for column in zip(*answers, strict=True)))
-            size = sum(n_bytes for _, _, n_bytes, *_ in answers)
-            losses[name] = answers[0][-1]
+    (one, *_), answers = groups, in_rounds(groups, ("",), rounds)
+    for name in groups:
+        plain = answers[name, ""]
+        rate = knobs["batch"] / median(wall for wall, *_ in plain)
+        yield row(f"{name}, {knobs['size']}", rate, "tokens/s", of_limit=ratio(answers[one, ""], plain))
+        if worlds[name] == 1:  # more processes drew other weights
+            off = abs(plain[-1][-1] / answers[one, ""][-1][-1] - 1)
+            yield row(f"{name}: losses, over those of one", off, "", must=off < 1e-3)
+    answers = in_rounds(groups, ("", *savings), saves or rounds)
+    for name in groups:
+        _, still, n_bytes, *_ = answers[name, savings[0]][-1]
+        yield row(f"{name}: training stands still for a checkpoint, {n_bytes / 1e6:.0f} MB", 1e3 * still, "ms")
+        for saving in savings:
+            times = ratio(answers[name, saving], answers[name, ""])
+            yield row(f"{name}: a step {SAVINGS[saving]}, over a step", times, "x")
     for group in groups.values():
         ask(group, None)
-    (one, *_), median_of = groups, lambda pairs: median(a / b for (a, *_), (b, *_) in pairs)
-    for name in groups:
-        plain, beside, before = (seconds[name, saving] for saving in ("", "beside", "before"))
-        ratio = median_of(zip(seconds[one, ""], plain, strict=True))
-        yield row(
-            f"{name}, {knobs['size']}", knobs["batch"] / median(wall for wall, *_ in plain), "tokens/s", of_limit=ratio
-        )
-        apart = abs(losses[name] / losses[one] - 1)
-        if worlds[name] == 1:  # more processes drew other weights
-            yield row(f"{name}: losses, over those of one", apart, "", must=apart < 1e-3)
-        still = median(stood for _, stood, *_ in beside)
-        yield row(f"{name}: training stands still for a checkpoint, {size / 1e6:.0f} MB", 1e3 * still, "ms")
-        for more, what in ((beside, "and the checkpoint written beside it"), (before, "after it has waited for one")):
-            ratio = median_of(zip(more, plain, strict=True))
-            yield row(f"{name}: a step {what}, over a step", ratio, "x")
+
+
+def in_rounds(groups, savings, rounds):
+    """{(name, saving): [answer of each round]}, as `ask` has them, of a group: the longest time, the sum of bytes."""
+    answers = {(name, saving): [] for saving in savings for name in groups}
+    for i in range(rounds + 1):
+        for (name, saving), so_far in answers.items():
+            wall, still, n_bytes, peak, losses = zip(*ask(groups[name], saving), strict=True)
+            if i:  # the first round warms up
+                so_far.append((max(wall), max(still), sum(n_bytes), max(peak), losses[0]))
+    return answers
+
+
+def ratio(some, others):
+    return median(a / b for (a, *_), (b, *_) in zip(some, others, strict=True))
 
 
 def memory_rows(knobs, worlds):
@@ -120,7 +131,10 @@ def train_in_group(pipe, rank, world, port, knobs, exact):
     with processes.joined(600):
         folder = Path(processes.from_first(tempfile.mkdtemp))
         before = resident()
-        with training(train.Config(**RANDOM, **knobs)) as run:
+        cfg = train.Config(**RANDOM, **knobs)
+        device, _, compiled = train.find_device(cfg)
+        backend.choose("auto", device, compiled)
+        with training(cfg) as run:
             saver, tensors = checkpoint.Saver(), train.tensors_of(run.model, run.optimizer)
             while (saving := pipe.recv()) is not None:
                 start = time.perf_counter()
