@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import torch
 
 import bench
 import train
-from conftest import run
+from conftest import ROOT, run
 from measure import gpu, processes
 from measure.apart import Ended, apart
 from measure.table import row
-from measure.train import H100, on_paper
+from measure.train import GOALS, H100, SHAPE, on_paper
 from model import GPT, PRESETS, GPTConfig
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the real benchmarks")
@@ -126,12 +127,26 @@ def test_what_a_step_costs_on_paper_is_what_the_formula_for_mfu_counts_and_the_b
     assert whole[0] < whole[1] < 1.1 * whole[0]
 
 
+def test_the_readmes_predictions_are_what_arithmetic_says():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| [0-9.]+[MB] \| \d x", line)]
+    assert [size for size, *_ in rows] == [*GOALS]
+    for size, batches, flop, _, rate, mfu, goal in rows:
+        c = GPTConfig(**PRESETS[size] | {k: SHAPE[k] for k in ("block_size", "vocab_size")})
+        with torch.device("meta"):
+            flops = GPT(c).flops_per_token()
+        tokens = 65_536 / sum(on_paper(c, 65_536, int(batches.split()[0]), *H100).values())
+        assert float(rate.replace(",", "")) == pytest.approx(tokens, rel=2e-3)
+        assert (flop, mfu) == (f"{65_536 * flops / 1e12:.0f}T", f"{100 * tokens * flops / 989e12:.0f}%")
+        assert goal == f"{100 * GOALS[size]:.0f}%"
+
+
 def test_micro_batches_on_a_gpu_are_as_large_as_memory_allows(monkeypatch):
     """Against peaks of torch's allocator at known sizes, compiled: 14.6, 20.0 and 48.6 GiB."""
 
     def rows(size, gigabytes, **knobs):
         memory = SimpleNamespace(total_memory=gigabytes * 2**30)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: memory)
         knobs = PRESETS[size] | {"block_size": 2048, "vocab_size": 50_304} | knobs
         return train.micro_rows("x", train.Config(size=size, **knobs))
 

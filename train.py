@@ -258,7 +258,7 @@ def micro_tokens(cfg):
     if not compiled:
         layer += layer // 2  # of what eager operations hand to each other, more stays
     token = layer + model.n_layer * 2 * model.n_embd * dtype.itemsize if cfg.recompute else model.n_layer * layer
-    memory = torch.cuda.get_device_properties(processes.local()[0]).total_memory
+    memory = torch.cuda.get_device_properties().total_memory
     weights *= 18 if world() == 1 else 18 / world() + 4
     room = 0.9 * memory - weights - (4 << 30)
     return max(1, min(65_536, int(room / token)))
