@@ -233,8 +233,8 @@ def why(setting, steps=5):
 
 def sharded(setting):
     """One process beside one that FSDP2 shares out to itself, over NCCL; from the first step at the whole rate, so that
-    wrong gradients show in the losses."""
-    knobs = {"size": "124M", **PRESETS["124M"], **setting.shape, "warmup": 0}
+    wrong gradients show in the losses, and in micro-batches of which two fit side by side."""
+    knobs = {"size": "124M", **PRESETS["124M"], "warmup": 0, "micro_batch": 8, **setting.shape}
     yield from step_rows(knobs, {"one process": 0, "one process, FSDP2": 1}, rounds=5, savings=("beside",), saves=1)
 
 

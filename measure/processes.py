@@ -50,7 +50,7 @@ def step_rows(knobs, worlds, rounds, savings=tuple(SAVINGS), saves=None):
         yield row(f"{name}, {knobs['size']}", rate, "tokens/s", of_limit=ratio(answers[one, ""], plain))
         if worlds[name] == 1:  # more processes drew other weights
             off = abs(plain[-1][-1] / answers[one, ""][-1][-1] - 1)
-            yield row(f"{name}: losses, over those of one", off, "", must=off < 1e-3)
+            yield row(f"{name}: losses, over those of one", off, "", must=off < 2e-3)
     answers = in_rounds(groups, ("", *savings), saves or rounds)
     for name in groups:
         _, still, n_bytes, *_ = answers[name, savings[0]][-1]

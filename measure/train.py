@@ -67,8 +67,8 @@ def bench_train(copy=None, product=None, steps=50, shape=SHAPE):
         try:
             yield measure_steps(what, size, mode, kernels, (copy, product) if product else H100, steps, shape)
         except Exception as error:  # also a compiler's; the other rows must not be lost
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            yield row(f"{what}: failed", 0.0, "tokens/s", note=why, must=False)
+            why, fits = f"{type(error).__name__}: {error}", not isinstance(error, torch.OutOfMemoryError)
+            yield row(f"{what}: failed", None, "tokens/s", note=" ".join(why.split()), must=False if fits else None)
 
 
 def measure_steps(what, size, mode, kernels, rates, steps, shape):
