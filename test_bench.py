@@ -165,7 +165,7 @@ def test_the_benchmark_of_processes_runs_to_the_end():
     tiny = {"size": "nano", **TINY, "block_size": 16, "batch": 64, "vocab_size": 96, "device": "cpu"}
     tiny |= {"dtype": "float32"}
     rows = list(processes.bench_processes(rounds=1, speed=tiny, memory=tiny))
-    units = ["tokens/s", "tokens/s", "", "tokens/s", *3 * ["ms", "x", "x"], *3 * ["GB"]]
+    units = ["tokens/s", "tokens/s", "nats", "tokens/s", *3 * ["ms", "x", "x"], *3 * ["GB"]]
     assert [r["unit"] for r in rows] == units
     assert all(r["value"] > 0 for r in rows if r["unit"] == "tokens/s")
     assert all(r["must"] is not False for r in rows)
