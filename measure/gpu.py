@@ -142,12 +142,15 @@ def life(setting, what, knobs):
     process.start()
     while process.is_alive() and not complete(log.parent / "checkpoints"):
         time.sleep(0.005)
+    in_time = process.is_alive()
     process.kill()
     process.join()
     code, curve = exit_code(train.main, argv), losses(log)
     resumed = log.exists() and '"event": "resume"' in log.read_text()
-    good = code == 0 and resumed and len(curve) == steps and all(map(math.isfinite, curve)) and curve[-1] < curve[0]
-    note = f"exit code {code}, {len(curve)} steps, {curve[:1]} -> {curve[-1:]}{'' if resumed else ', not resumed'}"
+    good = code == 0 and len(curve) == steps and all(map(math.isfinite, curve)) and curve[-1] < curve[0]
+    good = good and (resumed or not in_time)
+    how = "resumed" if resumed else "not resumed" if in_time else "over before it could be killed"
+    note = f"{how}, exit code {code}, {len(curve)} steps, {curve[:1]} -> {curve[-1:]}"
     yield row(f"{name}: trained, killed, resumed", None, "", must=good, note=note)
     trained = str(log.parent)
     uses = {
