@@ -128,17 +128,24 @@ def test_what_a_step_costs_on_paper_is_what_the_formula_for_mfu_counts_and_the_b
 
 
 def test_the_readmes_predictions_are_what_arithmetic_says():
-    lines = (ROOT / "README.md").read_text().splitlines()
+    readme, shares = (ROOT / "README.md").read_text(), {}
+    lines = readme.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| [0-9.]+[MB] \| \d x", line)]
     assert [size for size, *_ in rows] == [*GOALS]
-    for size, batches, flop, *_, rate, mfu, goal in rows:
+    for size, batches, flop, moved, _, _, rate, mfu, goal in rows:
         c = GPTConfig(**PRESETS[size] | {k: SHAPE[k] for k in ("block_size", "vocab_size")})
         with torch.device("meta"):
             flops = GPT(c).flops_per_token()
-        tokens = 65_536 / sum(on_paper(c, 65_536, int(batches.split()[0]), *H100).values())
+        parts = on_paper(c, 65_536, int(batches.split()[0]), *H100)
+        *products, attention, elementwise = (100 * x / sum(parts.values()) for x in list(parts.values())[:4])
+        shares[size] = [f"{x:.0f}" for x in (sum(products), attention, elementwise)]
+        assert moved == f"{sum(list(parts.values())[3:]) * 0.9 * H100[0] / 1e9:.0f} GB"
+        tokens = 65_536 / sum(parts.values())
         assert float(rate.replace(",", "")) == pytest.approx(tokens, rel=2e-3)
         assert (flop, mfu) == (f"{65_536 * flops / 1e12:.0f}T", f"{100 * tokens * flops / 989e12:.0f}%")
         assert goal == f"{100 * GOALS[size]:.0f}%"
+    large, small = "products are to take {}%, attention {}%, norms, rotation and SwiGLU {}%", "124M {}, {} and {}%"
+    assert large.format(*shares["1.3B"]) in readme and small.format(*shares["124M"]) in readme
 
 
 def test_micro_batches_on_a_gpu_are_as_large_as_memory_allows(monkeypatch):

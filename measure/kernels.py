@@ -116,9 +116,8 @@ def kernel_row(op, what, size, ways, work, unit, limit_us, least=None):
     ours = us["ours"]
     rate = f"{work / ours / {'GB/s': 1e3, 'TFLOP/s': 1e6}[unit]:,.0f} {unit}"
     notes = [rate, *(f"{name} {t / ours:.2f}x" for name, t in us.items() if name != "ours"), *notes]
-    target = least and (0, limit_us / least)
-    note = ", ".join(notes)
-    return row(f"{op} {what}, {size}", ours, "us", None, limit_us / ours, target, note) | more
+    target, note = least and (0, limit_us / least), ", ".join(notes)
+    return row(f"{op} {what}, {size}", ours, "us", of_limit=limit_us / ours, target=target, note=note) | more
 
 
 def limit_us(function, *inputs):

@@ -89,13 +89,13 @@ def measure_steps(what, size, mode, kernels, rates, steps, shape):
     _, peak = train.describe(device, dtype, compiled)
     rate, flops, micro_steps = cfg.batch / median(times), run.model.flops_per_token(), run.phase.micro_steps
     shape = run.model.config, cfg.batch, micro_steps
-    seconds = {rates: sum(on_paper(*shape, *rates).values()) for rates in (rates, H100)}
-    goal = GOALS[size] * peak / flops * seconds[H100] / seconds[rates] if kernels == "auto" and compiled else None
+    predicted, meant = (sum(on_paper(*shape, *given).values()) for given in (rates, H100))
+    goal = GOALS[size] * peak / flops * meant / predicted if kernels == "auto" and compiled else None
     gigabytes = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
     return row(
         f"{what}, {micro_steps} x {cfg.batch // micro_steps:,} tokens, {gigabytes:.1f} GiB", rate, "tokens/s",
         of_limit=rate * flops / peak, target=goal and (round(goal), None), must=bool(rate > 0),
-        note=f"{cfg.batch / seconds[rates]:,.0f} on paper",
+        note=f"{cfg.batch / predicted:,.0f} on paper",
     )  # fmt: skip
 
 
