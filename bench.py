@@ -17,7 +17,6 @@ that must hold does not. tune, for launch parameters, runs only if it is named.
 A section is a function that returns rows (see measure/table.py); add it to SECTIONS.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib.util
@@ -40,6 +39,7 @@ import tiktoken
 import torch
 
 import corpus
+import errors
 import infill
 import mix
 import prepare
@@ -408,24 +408,25 @@ def machine():
 
 
 def read_arguments(argv, lack):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(__doc__)
     parser.add_argument("--only", choices=[*SECTIONS, *gpu.STAGES], nargs="+", help="some sections, or stages of --gpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--json", type=errors.path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="model: a clone of nanoGPT to compare with")
     parser.add_argument("--rounds", type=int, default=7, help="model: steps to time")
     parser.add_argument("--gpu", action="store_true", help="a GPU's first minutes, stage by stage")
     parser.add_argument("--minutes", type=float, default=8, help="--gpu: that it may take")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="--gpu: prepared sources text and code")
+    parser.add_argument("--data", type=errors.path, default="data", help="--gpu: prepared sources text and code")
     args = parser.parse_args(argv)
     every = gpu.STAGES if args.gpu else SECTIONS
     args.only = args.only or [name for name in every if name != "tune"]  # which takes longer than all the others
     if others := sorted({*args.only} - {*every}):
-        parser.exit(2, f"bench.py: {', '.join(others)}: {'not a stage of' if args.gpu else 'a stage of'} --gpu\n")
+        parser.error(f"{', '.join(others)}: {'not a stage of' if args.gpu else 'a stage of'} --gpu")
     if args.gpu and lack:
-        parser.exit(2, f"bench.py: --gpu needs an NVIDIA GPU: {lack}\n")
+        parser.error(f"--gpu needs an NVIDIA GPU: {lack}")
     return args
 
 
+@errors.command
 def main(argv, setting=None):
     """setting: of measure/gpu.py, for a rehearsal of its stages."""
     (about,) = apart(lambda: [machine()])  # another process: one that has asked CUDA anything must not be forked
@@ -459,4 +460,4 @@ def main(argv, setting=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    errors.run(main)

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -29,37 +28,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+import files
 import processes
+from errors import UserError
 from processes import gather, rank, together
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # as intended
 MARKER, TENSORS = "complete.json", "*.distcp"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged or could not be written; the message says which and what to do."""
 
 
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync(path):
-    """Wait until a file or folder is on the disk, not only in the operating system's memory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path, value):
-    """Write and sync; the name appears only with the whole content behind it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    sync(temporary)
-    temporary.rename(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -88,9 +72,9 @@ def save(root, step, tensors, state, keep, group=None):
         digests = {name: digest for one in gather(digests, group) for name, digest in one.items()}
         with together(group):
             if first:
-                write_json(temporary / "state.json", state)
+                files.write_json(temporary / "state.json", state)
                 digests |= {name: sha256(temporary / name) for name in (".metadata", "state.json")}
-                write_json(temporary / MARKER, digests)
+                files.write_json(temporary / MARKER, digests)
                 publish(temporary, final)
                 others = [folder for folder in complete(root) if folder != final]
                 for old in others[: max(0, len(others) + 1 - keep)]:
@@ -110,13 +94,13 @@ def save(root, step, tensors, state, keep, group=None):
 
 def publish(temporary, final):
     """Give a written checkpoint its name; a death at any line leaves a complete one."""
-    sync(temporary)
+    files.sync(temporary)
     old = final.with_suffix(".old")
     if final.exists():  # the same step again; as .old it still counts
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     temporary.rename(final)
-    sync(final.parent)
+    files.sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -12,8 +12,10 @@ import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A knob, file or command line that cannot be meant; the message names it and says what to type instead."""
 
 

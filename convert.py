@@ -16,25 +16,24 @@ The new checkpoint is at step 0 of no phase, in fp32.
 What one side cannot represent is refused, with the reason.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
 import mmap
 import pickle
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import errors
+import files
 import tokenizer
-from checkpoint import CheckpointError
+from errors import UserError
 from model import EMBEDDING_SCALE, GPT, LOGIT_SCALE, GPTConfig
 from sample import load_model
-from tokenizer import TokenizerError
 
 # Our parameters, and the ones of which they are stacked.
 LLAMA = {  # and StableLM
@@ -53,7 +52,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
-class ConvertError(ValueError):
+class ConvertError(UserError):
     """What cannot be converted, and why, in one line."""
 
 
@@ -170,29 +169,29 @@ def write_safetensors(path, tensors):
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             f.write(tensor.contiguous().view(torch.uint8).numpy())
-    checkpoint.sync(path)
+    files.sync(path)
 
 
 def export(source, target, dtype):
     """A checkpoint -> the Hugging Face folder `target`, which appears when it is whole."""
     model, encoding, state = load_model(source)
     config, tensors = to_hugging_face(model)
-    files = {"config.json": config | {"dtype": str(dtype).split(".")[1], "torch_dtype": str(dtype).split(".")[1]}}
+    contents = {"config.json": config | {"dtype": str(dtype).split(".")[1], "torch_dtype": str(dtype).split(".")[1]}}
     temporary = new_folder(target)
     if encoding is None:
         print("the checkpoint's data named no tokenizer, so there is none to write")
     else:
         ends = {"bos_token_id": tokenizer.start(encoding), "eos_token_id": tokenizer.eot(encoding)}
         ends["pad_token_id"] = ends["eos_token_id"]
-        files["config.json"] |= ends
-        files["generation_config.json"] = ends
+        contents["config.json"] |= ends
+        contents["generation_config.json"] = ends
         if isinstance(encoding, tokenizer.FileEncoding):
             copy_tokenizer(Path(encoding.name).parent, temporary)
         else:
-            files |= tokenizer_files(encoding, model.config.block_size)
-            files["config.json"]["nanocrystal_tokenizer"] = state["tokenizer"]
-    for name, content in files.items():
-        checkpoint.write_json(temporary / name, content)
+            contents |= tokenizer_files(encoding, model.config.block_size)
+            contents["config.json"]["nanocrystal_tokenizer"] = state["tokenizer"]
+    for name, content in contents.items():
+        files.write_json(temporary / name, content)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     write_safetensors(temporary / "model.safetensors", tensors)
     temporary.rename(target)
@@ -388,29 +387,26 @@ def copy_tokenizer(source, target):
             shutil.copy(source / name, target)
 
 
+@errors.command
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="out/<phase>, one of its checkpoints; or a Hugging Face folder")
-    parser.add_argument("target", type=Path, help="a folder that does not exist yet")
+    parser = errors.Parser(__doc__)
+    parser.add_argument("source", type=errors.path, help="out/<phase>, a checkpoint; or a Hugging Face folder")
+    parser.add_argument("target", type=errors.path, help="a folder that does not exist yet")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of what goes out"
     )
     args = parser.parse_args(argv)
-    try:
-        if args.target.exists():
-            raise ConvertError(f"{args.target} exists; name a new folder")
-        path = args.source / "config.json"
-        config = json.loads(path.read_text()) if path.exists() else {}
-        if "model_type" in config:
-            made = bring_in(args.source, config, args.target)
-        else:
-            made = export(args.source, args.target, getattr(torch, args.dtype))
-    except (ConvertError, CheckpointError, TokenizerError, OSError, ValueError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
-        return 2
+    if args.target.exists():
+        raise ConvertError(f"{args.target} exists; name a new folder")
+    path = args.source / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    if "model_type" in config:
+        made = bring_in(args.source, config, args.target)
+    else:
+        made = export(args.source, args.target, getattr(torch, args.dtype))
     print(f"{args.target}: {made}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    errors.run(main)

@@ -24,7 +24,6 @@ choice without sep; what is too long loses its beginning. Before every context s
 of text, or what a foreign tokenizer puts there.
 """
 
-import argparse
 import bisect
 import collections
 import dataclasses
@@ -42,13 +41,15 @@ import numpy as np
 import torch
 
 import checkpoint
+import errors
+import files
 import infill
 import sandbox
 import tokenizer
-from checkpoint import CheckpointError
+from errors import UserError
 from kernels import dense_mask
 from machine import keep_memory
-from mix import MixError, Source
+from mix import Source
 from processes import all_reduce, rank, world
 from sample import fill, load_model, trained_layout, trim, vocabulary_for
 
@@ -70,7 +71,7 @@ FUNCTION_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")  
 PROGRAM_ENDS = ("\nassert", '\n"""', "\nif", "\nprint", "\n```")  # where one is that a text asked for
 
 
-class EvalError(ValueError):
+class EvalError(UserError):
     """The user's mistake, in one line."""
 
 
@@ -602,12 +603,12 @@ def evaluate(task, model, encoding, layout, vocabulary, args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(__doc__)
     parser.add_argument("checkpoint", nargs="*", help="out/<phase>, one of its checkpoints/step-...; or result files")
-    parser.add_argument("--data", type=Path, help="a folder of task files; default: held-out parts alone")
+    parser.add_argument("--data", type=errors.path, help="a folder of task files; default: held-out parts alone")
     parser.add_argument("--tasks", help="names or groups, with commas; quick, all, held_out; default held_out,quick")
     parser.add_argument("--limit", type=int, help="examples of each task, the first ones; of held-out windows 256")
-    parser.add_argument("--sources", type=Path, help="folder of prepared sources; default: those it was trained on")
+    parser.add_argument("--sources", type=errors.path, help="folder of prepared sources; default: those trained on")
     parser.add_argument("--layout", choices=infill.LAYOUTS, help="of holes; default: what was trained, else psm")
     parser.add_argument("--generate", action="store_true", help="fill holes too, and count what ends and what is exact")
     parser.add_argument("--run-code", action="store_true", help="run what the model writes, against its tests")
@@ -621,11 +622,11 @@ def parse(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tokens_per_batch", type=int, help="at a time; default 4,096, on a GPU 32,768")
-    parser.add_argument("--out", type=Path, help="result file; default: eval-<step>.json in the phase's folder")
+    parser.add_argument("--out", type=errors.path, help="result file; default: eval-<step>.json in the phase's folder")
     parser.add_argument("--fresh", action="store_true", help="do not take over what the result file has")
-    parser.add_argument("--samples", type=Path, help="write every example with its scores to this .jsonl")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two result files, paired by item")
-    parser.add_argument("--plot", type=Path, help="picture of the results, needs matplotlib")
+    parser.add_argument("--samples", type=errors.path, help="write every example with its scores to this .jsonl")
+    parser.add_argument("--compare", type=errors.path, nargs=2, metavar=("A", "B"), help="two results, paired by item")
+    parser.add_argument("--plot", type=errors.path, help="picture of the results, needs matplotlib")
     args = parser.parse_args(argv)
     if or_else(args.limit, 1) < 1 or or_else(args.temperature, 1) < 0 or not 0 < or_else(args.top_p, 1) <= 1:
         parser.error("--limit is above 0, --temperature is not below 0, --top_p is in (0, 1]")
@@ -710,7 +711,7 @@ def run(args):
             start = time.perf_counter()
             results["tasks"][task.name] = evaluate(task, model, encoding, layout, vocabulary, args)
             results["tasks"][task.name]["seconds"] = round(time.perf_counter() - start, 2)
-            checkpoint.write_json(to, results | {"groups": groups(results["tasks"])})
+            files.write_json(to, results | {"groups": groups(results["tasks"])})
         if args.samples:
             write_samples(args.samples, task, results["tasks"][task.name]["items"])
         print_task(task.name, results["tasks"][task.name])
@@ -729,6 +730,7 @@ def write_samples(path, task, items):
             f.write(json.dumps({"task": task.name, **example, **{name: items[name][n] for name in items}}) + "\n")
 
 
+@errors.command
 def main(argv):
     args = parse(argv)
     if args.device == "cpu":
@@ -744,13 +746,9 @@ def main(argv):
         if args.plot:
             plot(results, args.plot)
     except ImportError:
-        print("eval.py: --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
-        return 2
-    except (EvalError, CheckpointError, MixError, tokenizer.TokenizerError, infill.InfillError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
+        raise EvalError("--plot needs matplotlib: pip install matplotlib") from None
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    errors.run(main)

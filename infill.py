@@ -28,11 +28,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from errors import UserError
+
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it lie far apart
 WORD = 2**64 - 1
 
 
-class InfillError(ValueError):
+class InfillError(UserError):
     """An objective that cannot be meant, or that this tokenizer has no sentinels for."""
 
 

@@ -10,6 +10,7 @@ import torch
 
 import processes
 from configurator import ConfigError
+from errors import UserError
 
 # Dense bf16 matmul peak, FLOP/s, from the vendors' data sheets. A CPU's, or another card's, is measured.
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
@@ -47,6 +48,18 @@ def find_device(cfg):
     else:
         dtype = torch.float32
     return device, dtype, cfg.compile == "yes" or (cfg.compile == "auto" and device == "cuda")
+
+
+def device_named(name):
+    """What a person typed as a device, as torch.device. UserError if it is none, or not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name} is no device; cpu, cuda, cuda:1 and mps are") from None
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= here.get(device.type, 0):
+        raise UserError(f"--device={name}, but torch sees {here.get(device.type, 0)} of this kind; try --device=cpu")
+    return device
 
 
 def synchronize(device):

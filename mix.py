@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import UserError
 from infill import GOLDEN, Prefix, below, rearrange, scramble
 
 ALGORITHM = 1  # raise it when samples, or what infill.py makes of them, change: runs under way then refuse to go on
@@ -34,7 +35,7 @@ OPEN_FILES = 64  # per source; each holds a file descriptor, and systems often g
 LARGE = 2**30  # tokens of a source from which the system shall not read ahead: megabytes around each window of 2 KB
 
 
-class MixError(ValueError):
+class MixError(UserError):
     """This data or this mix cannot be had: one line for the person at the keyboard."""
 
 

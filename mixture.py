@@ -10,22 +10,23 @@ of the choice as well as of the fit.
 What is proposed lies between the mixtures that were tried: beyond them nothing is known.
 """
 
-import argparse
 import itertools
 import json
 import math
-import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+import errors
+from errors import UserError
+
 ABSENT = 0.01  # added to every weight, so that the logarithm of none is finite
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 
 
-class MixtureError(ValueError):
+class MixtureError(UserError):
     """Too few runs, or a goal that names none of their sources; in one line."""
 
 
@@ -121,34 +122,31 @@ def parse_goal(text, measures):
     return {name: share / total for name, share in goal.items()}
 
 
+@errors.command
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(__doc__)
     parser.add_argument("folder", help="of runs that study.py has made")
     parser.add_argument("--goal", default="", help="what is to be low, source=share,...; default: all sources alike")
     args = parser.parse_args(argv)
-    try:
-        runs = finished(args.folder)
-        sources = sorted({source for mix in runs for source, _ in mix})
-        weights = np.array([[dict(mix).get(source, 0.0) for source in sources] for mix in runs])
-        measures = [name for name in next(iter(runs.values()))[0] if name in sources]
-        goal = parse_goal(args.goal, measures)
-        print(f"{len(runs)} mixtures of {', '.join(sources)}, {sum(map(len, runs.values()))} runs")
-        print(
-            f"{'bits per byte of':<20}{'from':>8}{'to':>8}{'error, left out':>18}{'correlation':>13}{'seeds alone':>13}"
-        )
-        predict = {}
-        for name in measures:
-            seeds = [np.array([one[name] for one in some]) for some in runs.values()]
-            y = np.array([values.mean() for values in seeds])
-            predict[name], guesses = partial(fit_predict, weights, y), left_out(weights, y, fit_predict)
-            errors = [values.var(ddof=1) / len(values) for values in seeds if len(values) > 1]
-            noise = math.sqrt(np.mean(errors or [math.nan]) * 2 / math.pi)  # mean absolute error of a mean over seeds
-            error, alike = np.abs(guesses - y).mean(), np.corrcoef(guesses, y)[0, 1]
-            print(f"{name:<20}{y.min():8.3f}{y.max():8.3f}{error:18.4f}{alike:13.3f}{noise:13.4f}")
-        best, value = propose(weights, predict, goal)
-    except MixtureError as error:
-        print(f"mixture.py: {error}", file=sys.stderr)
-        return 2
+    runs = finished(args.folder)
+    sources = sorted({source for mix in runs for source, _ in mix})
+    weights = np.array([[dict(mix).get(source, 0.0) for source in sources] for mix in runs])
+    measures = [name for name in next(iter(runs.values()))[0] if name in sources]
+    goal = parse_goal(args.goal, measures)
+    print(f"{len(runs)} mixtures of {', '.join(sources)}, {sum(map(len, runs.values()))} runs")
+    print(
+        f"{'bits per byte of':<20}{'from':>8}{'to':>8}{'error, left out':>18}{'correlation':>13}{'seeds alone':>13}"
+    )
+    predict = {}
+    for name in measures:
+        seeds = [np.array([one[name] for one in some]) for some in runs.values()]
+        y = np.array([values.mean() for values in seeds])
+        predict[name], guesses = partial(fit_predict, weights, y), left_out(weights, y, fit_predict)
+        spread = [values.var(ddof=1) / len(values) for values in seeds if len(values) > 1]
+        noise = math.sqrt(np.mean(spread or [math.nan]) * 2 / math.pi)  # mean absolute error of a mean over seeds
+        error, alike = np.abs(guesses - y).mean(), np.corrcoef(guesses, y)[0, 1]
+        print(f"{name:<20}{y.min():8.3f}{y.max():8.3f}{error:18.4f}{alike:13.3f}{noise:13.4f}")
+    best, value = propose(weights, predict, goal)
     tried = {name: np.array([np.mean([one[name] for one in some]) for some in runs.values()]) for name in goal}
     values = sum(share * tried[name] for name, share in goal.items())
     wanted = ", ".join(f"{share:.3g} {name}" for name, share in goal.items())
@@ -162,4 +160,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    errors.run(main)

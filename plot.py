@@ -4,10 +4,11 @@ python plot.py out                         # all phases under out/, to out/curve
 python plot.py out/phase1 --to=p1.png
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
+
+import errors
+from errors import UserError
 
 
 def read_logs(folder):
@@ -67,26 +68,22 @@ def draw(records, to):
     figure.savefig(to, dpi=120)
 
 
+@errors.command
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="the --out of a run, or one phase in it")
-    parser.add_argument("--to", help="picture to write; default: curves.png in the folder")
+    parser = errors.Parser(__doc__)
+    parser.add_argument("folder", type=errors.path, help="the --out of a run, or one phase in it")
+    parser.add_argument("--to", type=errors.path, help="picture to write; default: curves.png in the folder")
     args = parser.parse_args(argv)
     records = read_logs(args.folder)
     if not records:
-        print(f"plot.py: there is no log.jsonl in {args.folder} or right under it", file=sys.stderr)
-        return 2
+        raise UserError(f"there is no log.jsonl in {args.folder} or right under it")
+    to = args.to or args.folder / "curves.png"
     try:
-        draw(records, to := args.to or Path(args.folder) / "curves.png")
+        draw(records, to)
     except ImportError:
-        print("plot.py: needs matplotlib: pip install matplotlib", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        return 2
+        raise UserError("a picture needs matplotlib: pip install matplotlib") from None
     print(f"wrote {to}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    errors.run(main)

@@ -5,7 +5,6 @@ python sample.py out/phase1/checkpoints/step-00000302 --prompt @story.txt --n 3 
 python sample.py out/phase3 --infill 'def area(r):' '    return a'     # what belongs between; @FILE works here too
 """
 
-import argparse
 import codecs
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import errors
 import infill
 import tokenizer
 from model import GPT, GPTConfig
@@ -104,9 +104,10 @@ def text_of(argument):
     return Path(argument[1:]).read_bytes().decode() if argument.startswith("@") else argument
 
 
+@errors.command
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="out/<phase>, or one of its checkpoints/step-... folders")
+    parser = errors.Parser(__doc__)
+    parser.add_argument("checkpoint", type=errors.path, help="out/<phase>, or one of its checkpoints/step-... folders")
     parser.add_argument("--prompt", default="", help="text, or @FILE; default: the start of a document")
     parser.add_argument("--infill", nargs=2, metavar=("PREFIX", "SUFFIX"), help="texts, or @FILEs, around a hole")
     parser.add_argument("--layout", choices=infill.LAYOUTS, help="of --infill; default: what was trained")
@@ -126,20 +127,14 @@ def main(argv):
         parser.error("--n and --tokens are above 0, --temperature is not below 0, --top_p is in (0, 1]")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees none")
-    try:
-        prompt, *around = map(text_of, (args.prompt, *(args.infill or ())))
-        model, encoding, state = load_model(args.checkpoint, args.device)
-        if encoding is None:
-            raise tokenizer.TokenizerError(
-                "this checkpoint's data named no tokenizer, so ids cannot be turned into text"
-            )
-        layout = args.layout or trained_layout(state["config"])
-        if around and not layout:
-            raise infill.InfillError(f"{args.checkpoint} was not trained to infill; try another, or say --layout")
-        vocabulary = vocabulary_for(layout, encoding) if around else None
-    except (checkpoint.CheckpointError, tokenizer.TokenizerError, infill.InfillError, ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+    prompt, *around = map(text_of, (args.prompt, *(args.infill or ())))
+    model, encoding, state = load_model(args.checkpoint, args.device)
+    if encoding is None:
+        raise tokenizer.TokenizerError("this checkpoint's data named no tokenizer, so ids cannot be turned into text")
+    layout = args.layout or trained_layout(state["config"])
+    if around and not layout:
+        raise infill.InfillError(f"{args.checkpoint} was not trained to infill; try another, or say --layout")
+    vocabulary = vocabulary_for(layout, encoding) if around else None
     for i in range(args.n):
         generator = torch.Generator(args.device).manual_seed(args.seed + i)
         how = {"max_new_tokens": args.tokens, "temperature": args.temperature, "top_p": args.top_p}
@@ -158,4 +153,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    errors.run(main)

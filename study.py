@@ -29,7 +29,6 @@ kinds. One seed, or one example, has none. Whether two others differ says --base
 intervals.
 """
 
-import argparse
 import fcntl
 import functools
 import hashlib
@@ -51,11 +50,13 @@ import numpy as np
 import torch
 
 import checkpoint
+import errors
+import files
 import infill
 import train
 from configurator import ConfigError, read_command_line
 from eval import ALGORITHM as EVALUATION
-from eval import EvalError, bits_of, floor, mean, read_tasks
+from eval import bits_of, floor, mean, read_tasks
 from machine import find_device
 from mix import ALGORITHM
 from model import GPT, PRESETS
@@ -314,7 +315,7 @@ def train_run(run, out, worker, claim):
     about = {"phase": run.name, "knobs": dict(run.knobs), "mix": dict(run.mix), "decides": run.decides,
              "parent": run.parent and run.parent.key, "tokens": run.tokens, "flops": run.flops}  # fmt: skip
     about["seconds"] = time.perf_counter() - start if anew else None  # None: of several starts
-    checkpoint.write_json(trained_path(run, out), about)
+    files.write_json(trained_path(run, out), about)
 
 
 def evaluate_run(run, out, evaluation, worker, claim):
@@ -325,7 +326,7 @@ def evaluate_run(run, out, evaluation, worker, claim):
     worker.do(command, to.with_suffix(".log"), claim)
     values = {name: value(tasks) for name, tasks in measures(json.loads(to.read_text())).items()}
     made = {"evaluation": evaluation, "measures": values, "seconds": time.perf_counter() - start}
-    checkpoint.write_json(result_path(run, out, evaluation), made)
+    files.write_json(result_path(run, out, evaluation), made)
 
 
 def measures(scores):
@@ -533,7 +534,7 @@ def show(study, ends, out, knobs, evaluation, to):
     about |= {"knobs": study["knobs"] | {k: v for k, v in knobs.items() if k != "data"}, "evaluation": asked}
     with open(f"{to}.lock", "w") as file:  # several may come to the end at once
         fcntl.flock(file, fcntl.LOCK_EX)
-        checkpoint.write_json(Path(f"{to}.json"), {"study": about, "tables": tables, "runs": each})
+        files.write_json(Path(f"{to}.json"), {"study": about, "tables": tables, "runs": each})
         try:
             if study["picture"]:
                 study["picture"](values, Path(f"{to}.png"))  # as trained
@@ -572,13 +573,14 @@ def show_cost(study, ends, out, data, evaluation):
         print(f"left: {train.clock(seconds)} of one process at the rate of those done")
 
 
+@errors.command
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(__doc__)
     parser.add_argument("study", help="a study file")
     parser.add_argument("--dry", action="store_true", help="say what it costs and what is done; do nothing")
     parser.add_argument("--table", action="store_true", help="print and draw what is there; train nothing")
     parser.add_argument("--baseline", help="compare with this variant, and write no files of that")
-    parser.add_argument("--out", type=Path, default=Path("studies"), help="folder of runs, shared by all studies")
+    parser.add_argument("--out", type=errors.path, default="studies", help="folder of runs, shared by all studies")
     parser.add_argument("--eval_tasks", default="", help="folder of task files; default: held-out parts alone")
     parser.add_argument("--eval_examples", type=int, default=200, help="of each task; of held-out windows as many")
     args, rest = parser.parse_known_args(argv)
@@ -603,13 +605,10 @@ def main(argv):
         if not args.table:
             whole = carry_out(all_runs(ends, evaluation), args.out)
         show(study, ends, args.out, knobs, evaluation, None if args.baseline else args.out / Path(args.study).stem)
-    except (ConfigError, EvalError, OSError) as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 2
     except Stopped:
         print("stopped; the same command continues")
     return 0 if whole else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    errors.run(main)

@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 import checkpoint
 import eval as evaluation
+import files
 import infill
 import processes
 import tokenizer
@@ -981,7 +982,7 @@ def train_phase(run, phase, state, parent):
     with together():
         log = Log(phase, state["log_bytes"] if state else 0)
         if rank() == 0:
-            checkpoint.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
+            files.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
     if state:
         log.write(step, {"event": "resume"})
     feeder = Feeder(phase, step, run.device, model.dtype)

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from errors import UserError
+
 RANKS = 32_000
 # cl100k's split (words with one leading character, numbers of at most three digits, punctuation, white space)
 PATTERN = (
@@ -40,7 +42,7 @@ SPECIALS = [
 VOCAB_SIZE = RANKS + len(SPECIALS)
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer that does not exist, does not fit or cannot be fetched; the message says what to do."""
 
 

@@ -1,0 +1,89 @@
+"""What the person at the keyboard can put right, and how a command begins and ends.
+
+    class MixError(UserError): ...          a mistake: one line on stderr that says what to do, exit code 2
+
+    @errors.command                         main(argv) -> exit code, for tests and for the shell alike
+    def main(argv): ...
+
+    if __name__ == "__main__":
+        errors.run(main)
+"""
+
+import argparse
+import functools
+import io
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """What the person at the keyboard can put right; the message, one line, says what was wrong and what to do."""
+
+
+def command(main):
+    """Decorates main(argv) -> exit code: of a mistake, or of what the operating system refuses, one line and 2; of
+    Ctrl-C 130. Whatever else is raised is an error of ours and keeps its trace."""
+
+    @functools.wraps(main)
+    def ending(argv, *rest):
+        try:
+            return main(argv, *rest) or 0
+        except (UserError, OSError) as error:
+            say(main, error)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+    return ending
+
+
+def say(main, error):
+    """The error in one line on stderr, after the name of the script that `main` belongs to."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    print(f"{Path(main.__globals__['__file__']).name}: {'; '.join(filter(None, lines))}", file=sys.stderr)
+
+
+def run(main):
+    """Run a command with the words of the shell, and end the process."""
+    sys.stdout, sys.stderr = (terminal(fd) for fd in (1, 2))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class Terminal(io.FileIO):
+    """Standard output or error. When nobody reads it any more, what is written is dropped and the work goes on."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
+def terminal(fd):
+    """A text stream in the encoding of the person's terminal, in which what it cannot show is spelt as an escape."""
+    stream = sys.stdout if fd == 1 else sys.stderr
+    raw = Terminal(fd, "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=fd == 2 or raw.isatty()
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with the docstring as it is for help, no abbreviations, and mistakes like all others."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def path(text):
+    """The path that a person typed, with ~ as the home folder: a shell leaves it alone in --out=~/here."""
+    return Path(text).expanduser()
