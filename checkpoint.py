@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import sys
 import warnings
@@ -35,6 +36,12 @@ from processes import gather, rank, together
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # as intended
 MARKER, TENSORS = "complete.json", "*.distcp"
+STEP = re.compile(r"step-\d{8,}(\.old)?")  # what a complete checkpoint is called; copies by other names are a person's
+STATE = {  # of state.json, what everybody reads; how to go on with training says train.py
+    "phase": str, "step": int, "tokens": int, "model": {}, "config": {"data": str, "mix": {}, "objective": {}},
+    "tokenizer": (None, {"name": str, "vocab_size": int, "sha256": str}), "start": {str: int}, "drawn": {str: int},
+    "first_token": int, "sample": int, "mix": {"sources": {str: {"sha256": str}}},
+}  # fmt: skip
 
 
 class CheckpointError(UserError):
@@ -61,7 +68,8 @@ def save(root, step, tensors, state, keep, group=None):
         with together(group):
             if first:
                 for left in Path(root).glob("step-*.tmp"):
-                    shutil.rmtree(left)
+                    if re.fullmatch(r"step-\d{8,}\.tmp", left.name):
+                        shutil.rmtree(left)
                 temporary.mkdir(parents=True)
         with together(group):
             if not temporary.is_dir():
@@ -179,19 +187,19 @@ def free_memory():
 
 def complete(root):
     """Folders under root whose marker exists, oldest first; what a newer save of the same step replaces, before it."""
-    folders = [marker.parent for marker in Path(root).glob("step-*/" + MARKER) if marker.parent.suffix != ".tmp"]
-    return sorted(folders, key=lambda folder: (folder.stem, not folder.suffix))
+    folders = [marker.parent for marker in Path(root).glob("step-*/" + MARKER) if STEP.fullmatch(marker.parent.name)]
+    return sorted(folders, key=lambda folder: (int(folder.stem[5:]), not folder.suffix))
 
 
 def damage(folder):
     """Why a complete checkpoint cannot be used, or None: names the first file that is missing or changed."""
     try:
-        expected = json.loads((folder / MARKER).read_text())
+        expected = files.read_json(folder / MARKER, {str: str})
         names = list(dict.fromkeys([".metadata", "state.json", *expected]))
         for name in names:
             if name not in expected:
                 return f"{MARKER} does not list {name}"
-            if not (folder / name).is_file():
+            if Path(name).name != name or not (folder / name).is_file():
                 return f"{name} is missing"
         with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
             for name, digest in zip(names, pool.map(sha256, [folder / name for name in names]), strict=True):
@@ -218,14 +226,15 @@ def latest(root):
 
 
 def find(path):
-    """A checkpoint from what a person types: a step folder, or an out/<phase> folder (then its newest)."""
+    """A checkpoint from what a person types: a step folder, or an out/<phase> folder (then its newest). What is in a
+    folder tells which, not its name: a phase may be called step-1."""
     path = Path(path)
-    if path.name.startswith("step-"):
-        if not (path / MARKER).is_file():
-            raise CheckpointError(f"{path} is not a complete checkpoint (no {MARKER} in it)")
+    if (path / MARKER).is_file():
         if why := damage(path):
             raise CheckpointError(f"checkpoint {path}: {why}")
         return path
+    if (path / "state.json").is_file() or any(path.glob(TENSORS)):
+        raise CheckpointError(f"{path} is not a complete checkpoint (no {MARKER} in it)")
     if (folder := latest(path / "checkpoints")) is None:
         phases = sorted({str(marker.parents[2]) for marker in path.glob(f"*/checkpoints/step-*/{MARKER}")})
         hint = f"; there are {', '.join(phases)}" if phases else ""
@@ -244,8 +253,12 @@ def weights_sha256(folder):
     ).hexdigest()
 
 
-def load_state(folder):
-    return json.loads((Path(folder) / "state.json").read_text())
+def load_state(folder, shape=None):
+    """state.json, of a shape as files.misfit has it. CheckpointError."""
+    try:
+        return files.read_json(Path(folder) / "state.json", shape)
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def load(folder, tensors, group=None):

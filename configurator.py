@@ -1,7 +1,9 @@
 """How a knob gets its value: a dataclass's default, then the phase's config file, then the command line.
 
 A config file is plain Python and may compute. It runs among the defaults, so it can name any knob, and a knob given on
-the command line keeps that value while the file runs, so what the file computes from it follows.
+the command line keeps that value while the file runs, so what the file computes from it follows. A config that it
+imports runs in the same way. It is looked for beside the file that imports it, then in the folders above, then in the
+program's own: never in the working folder, so a config means the same from everywhere.
 """
 
 import ast
@@ -9,33 +11,82 @@ import builtins
 import dataclasses
 import difflib
 import math
+import numbers
+import os
+import re
+import sys
+from decimal import Decimal
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 from errors import UserError
+
+HERE = Path(__file__).resolve().parent
+SPELT = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+EXAMPLES = {
+    int: "a whole number such as 8192, 64K or 2.5M", float: "a number such as 0.006 or 6e-3", bool: "True or False",
+    dict: "a dict such as {'text': 0.5, 'code': 0.5}", list: "a list such as [0.0, 0.5]", str: "text",
+}  # fmt: skip
 
 
 class ConfigError(UserError):
     """A knob, file or command line that cannot be meant; the message names it and says what to type instead."""
 
 
+# -------------------------------------------------------------------------------------------------------------- values
+
+
 def coerce(name, value, kind):
     """A knob's value as its type: "2.5B" -> 2500000000 for an int, "{'text': 1}" -> dict. Raises ConfigError."""
     given = value
     try:
-        if isinstance(value, str) and kind in (int, float):
-            scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(value[-1:].upper())
-            value = float(value[:-1]) * scale if scale else float(value)
-        elif isinstance(value, str) and kind in (bool, dict, list):
-            value = ast.literal_eval(value)
+        value = parse(value, kind) if isinstance(value, str) else plain(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if kind is float and type(value) is int:
             value = float(value)
-    except (ValueError, SyntaxError):
+        if kind is list and isinstance(value, tuple):
+            value = list(value)
+    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
         pass
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{name} = {given!r} is not of type {kind.__name__}")
+        raise ConfigError(f"{name} = {given!r:.200} is not of type {kind.__name__}: write {EXAMPLES[kind]}")
+    return value
+
+
+def parse(text, kind):
+    """What a person types for a knob of some type, as Python's value. ValueError, SyntaxError."""
+    if kind is bool and text.lower() in SPELT:
+        return SPELT[text.lower()]
+    if kind is dict and re.fullmatch(r"[\w.-]+=[^,]+(,[\w.-]+=[^,]+)*", text):  # text=0.5,code=0.5
+        return {name: value_of(word) for name, word in (pair.split("=", 1) for pair in text.split(","))}
+    if kind in (bool, dict, list):
+        return ast.literal_eval(text)
+    if kind in (int, float):
+        scale = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}.get(text[-1:].upper())
+        return float(text[:-1]) * scale if scale else int(text) if re.fullmatch(r"\d+", text) else float(text)
+    return text
+
+
+def value_of(word):
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def plain(value):
+    """A value, with what numpy, fractions and decimal call numbers as Python's own, or as exact text, for JSON."""
+    if isinstance(value, dict):
+        return {plain(name): plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (numbers.Rational, Decimal)) and not isinstance(value, int):
+        return str(value)
     return value
 
 
@@ -44,12 +95,17 @@ def unknown(name, known):
     return ConfigError(f"there is no knob {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-class ConfigFile(dict):
-    """Globals of a running config file. Knobs in `fixed` keep their value whatever the file assigns to them."""
+# --------------------------------------------------------------------------------------------------------------- files
 
-    def __init__(self, defaults, fixed):
+
+class ConfigFile(dict):
+    """Globals of a running config file. Knobs in `fixed` keep their value whatever the file assigns to them. inside:
+    the files that are being run, the first one first, each imported by the one before."""
+
+    def __init__(self, defaults, fixed, inside=()):
         super().__init__(defaults | fixed)
-        self.defaults, self.fixed, self.assigned = defaults, fixed, set(fixed)
+        self.defaults, self.fixed, self.inside = defaults, fixed, inside
+        self.assigned = set()  # by the file, if only to be overruled
 
     def __setitem__(self, name, value):
         self.assigned.add(name)
@@ -57,24 +113,98 @@ class ConfigFile(dict):
             super().__setitem__(name, value)
 
     def run(self, path):
-        if not Path(path).is_file():
+        """Run a file, and return what there is then. Raises ConfigError, OSError."""
+        path = Path(path)
+        if not path.is_file():
             raise ConfigError(f"there is no config file {path}")
-        self["__builtins__"] = vars(builtins) | {"__import__": self.import_}
+        if path.resolve() in self.inside:
+            raise ConfigError(f"{path} imports itself")
+        self.inside = *self.inside, path.resolve()
+        self.update({"__builtins__": vars(builtins) | {"__import__": self.import_}, "__file__": str(path)})
+        source = path.read_bytes()  # as bytes: Python knows byte order marks and declared encodings
         try:
-            exec(compile(Path(path).read_text(), path, "exec"), self)
+            tree = ast.parse(source, str(path))
+            check_statements(path, tree.body)
+            exec(compile(tree, str(path), "exec"), self)
         except ConfigError:
             raise
-        except Exception as error:
+        except SyntaxError as error:
+            where = f", line {error.lineno}," if error.lineno else ""
+            raise ConfigError(f"{path}{where} is not Python ({error.msg}): write lines such as lr = 0.003") from error
+        except SystemExit as error:
+            raise ConfigError(f"{path} ends the program itself, with exit or SystemExit") from error
+        except Exception as error:  # whatever somebody's file does
             raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
         return self
 
     def import_(self, name, globals=None, locals=None, fromlist=(), level=0):
         """`from config.phase1 import *` runs that file as this one is run: same defaults, same fixed knobs."""
-        path = Path(*name.split(".")).with_suffix(".py")
-        if not (fromlist and path.parts[0] == "config" and path.is_file()):
+        found = self.find(name, fromlist or (), level)
+        if not found:
             return builtins.__import__(name, globals, locals, fromlist, level)
-        other = ConfigFile(self.defaults, self.fixed).run(str(path))
-        return SimpleNamespace(**{name: other[name] for name in other.assigned if not name.startswith("__")})
+        if found.is_dir():  # from config import phase1
+            return as_module(name, {part: self.module(found / f"{part}.py") for part in fromlist})
+        module = self.module(found)
+        if not fromlist:  # import config.phase1, which binds config
+            for part in reversed(name.split(".")[1:]):
+                module = as_module(name, {part: module})
+        return module
+
+    def module(self, path):
+        other = ConfigFile(self.defaults, self.fixed, self.inside).run(path)
+        return as_module(path.stem, {name: other[name] for name in other.assigned if name in other})
+
+    def find(self, name, parts, level):
+        """The config file that an import means, or the folder of the configs `parts`; None for what Python imports."""
+        beside = self.inside[-1].parent
+        folders = [beside, *beside.parents, HERE]
+        if level:
+            folders = folders[level - 1 : level]
+        modules = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        for folder in folders:
+            path = folder.joinpath(*name.split("."))
+            file = path.with_name(f"{path.name}.py")
+            alone = level or "." in name or folder == beside  # random.py in a folder above is not meant
+            if alone and file.is_file():
+                program = folder == HERE and (HERE / name.split(".")[0] / "__init__.py").exists()
+                return None if program or str(file) in modules else file
+            if parts and all((path / f"{part}.py").is_file() for part in parts):
+                return path
+        return None
+
+
+def as_module(name, values):
+    module = ModuleType(name)
+    vars(module).update(values)
+    return module
+
+
+def check_statements(path, body):
+    """Refuse what is Python but sets nothing: YAML's `lr: 0.003` is an annotation, JSON a dict, TOML's [model] a list.
+
+    Raises ConfigError.
+    """
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        where, shown = f"{path}, line {statement.lineno},", ast.unparse(statement)
+        if isinstance(statement, ast.AnnAssign) and statement.value is None:
+            name, value = ast.unparse(statement.target), ast.unparse(statement.annotation)
+            raise ConfigError(f"{where} sets nothing with {shown:.60}: write {name} = {value:.60}")
+        if isinstance(statement, ast.Expr) and not does_something(statement.value):
+            raise ConfigError(f"{where} sets nothing with {shown:.60}: write lines such as lr = 0.003")
+        parts = [*ast.iter_child_nodes(statement)]
+        check_statements(path, [part for part in parts if isinstance(part, ast.stmt)])
+        for part in parts:
+            if isinstance(part, (ast.ExceptHandler, ast.match_case)):
+                check_statements(path, part.body)
+
+
+def does_something(expression):
+    """Whether a statement that is only an expression has a use: a call, or a text, which is a comment."""
+    if isinstance(expression, ast.Constant):
+        return isinstance(expression.value, (str, type(...)))
+    return any(isinstance(part, (ast.Call, ast.NamedExpr)) for part in ast.walk(expression))
 
 
 def read_config(path, fixed, Config, presets, names):
@@ -83,35 +213,65 @@ def read_config(path, fixed, Config, presets, names):
     names: what a file may use beside the knobs, {name: anything}.
     """
     fields = dataclasses.fields(Config)
-    defaults = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields}
+    defaults, untouched = (
+        {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields}
+        for _ in range(2)
+    )
     file = ConfigFile(defaults | names, fixed).run(path)
-    for name in file.assigned - set(defaults):
-        if not (name.startswith("_") or isinstance(file[name], ModuleType) or callable(file[name])):
-            raise ConfigError(f"{path}: {unknown(name, defaults)}")
+    for name in sorted(file.assigned - set(defaults)):
+        if name in file and not (name.startswith("_") or isinstance(file[name], ModuleType) or callable(file[name])):
+            raise ConfigError(f"{path}: {unknown(name, defaults)}; begin names of your own with _")
+    if not file.assigned & set(defaults) and repr(defaults) == repr(untouched):
+        raise ConfigError(f"{path} sets no knob: write lines such as lr = 0.003")
     try:
-        knobs = {f.name: coerce(f.name, file[f.name], f.type) for f in fields}
+        knobs = {f.name: coerce(f.name, file.get(f.name, untouched[f.name]), f.type) for f in fields}
         for name, value in presets.get(knobs["size"], {}).items():
-            if name not in file.assigned or (type(value) is int and knobs[name] == 0):
+            given = name in file.assigned or name in fixed
+            if not given or (type(value) is int and knobs[name] == 0):
                 knobs[name] = value
         return Config(**knobs)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def split_words(argv, flags):
+    """["a.py", "--lr=0.01", "--seed", "2", "--plan"] -> (["a.py"], {"lr": "0.01", "seed": "2"}, {"plan"}).
+
+    flags: the names that take no value. Raises ConfigError.
+    """
+    paths, given, switched, words = [], {}, set(), list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-"):
+            paths.append(word)
+        elif name in flags:
+            if equals:
+                raise ConfigError(f"--{name} takes no value")
+            switched.add(name)
+        elif equals or (words and not words[0].startswith("--")):
+            given[name] = value if equals else words.pop(0)
+        else:
+            given[name] = None
+    return paths, given, switched
+
+
 def read_command_line(argv, Config, presets, flags, names):
     """["config/phase1.py", "--lr=0.01", "--plan"] -> ([(phase name, Config), ...], {"plan"}). Raises ConfigError."""
     kinds = {f.name: f.type for f in dataclasses.fields(Config)}
-    paths, fixed, given = [], {}, set()
-    for argument in argv:
-        name, equals, value = argument.lstrip("-").partition("=")
-        if not argument.startswith("-"):
-            paths.append(argument)
-        elif name in flags and not equals:
-            given.add(name)
-        elif name not in kinds:
+    argv = ["--help" if word == "-h" else word for word in argv]
+    paths, given, switched = split_words(argv, flags)
+    if "help" in switched:
+        return [], switched
+    fixed = {}
+    for name, value in given.items():
+        if name not in kinds:
             raise unknown(name, [*kinds, *flags])
-        elif not equals:
-            raise ConfigError(f"{argument} needs a value: --{name}=...")
-        else:
-            fixed[name] = coerce(name, value, kinds[name])
-    return [(Path(path).stem, read_config(path, fixed, Config, presets, names)) for path in paths], given
+        if value is None:
+            raise ConfigError(f"--{name} needs a value: --{name}={'True' if kinds[name] is bool else '...'}")
+        fixed[name] = coerce(name, value, kinds[name])
+    paths = [os.path.expanduser(path) for path in paths]
+    return [(Path(path).stem, read_config(path, fixed, Config, presets, names)) for path in paths], switched

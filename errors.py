@@ -40,16 +40,17 @@ def command(main):
 
 def say(main, error):
     """The error in one line on stderr, after the name of the script that `main` belongs to."""
+    script = getattr(main, "__wrapped__", main).__globals__["__file__"]
     lines = [line.strip() for line in str(error).splitlines()]
-    print(f"{Path(main.__globals__['__file__']).name}: {'; '.join(filter(None, lines))}", file=sys.stderr)
+    print(f"{Path(script).name}: {'; '.join(filter(None, lines))}", file=sys.stderr)
 
 
-def run(main):
-    """Run a command with the words of the shell, and end the process."""
+def run(main, leave=sys.exit):
+    """Run a command with the words of the shell, and end the process with leave(code)."""
     sys.stdout, sys.stderr = (terminal(fd) for fd in (1, 2))
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    sys.exit(code)
+    leave(code)
 
 
 class Terminal(io.FileIO):
@@ -68,10 +69,8 @@ class Terminal(io.FileIO):
 def terminal(fd):
     """A text stream in the encoding of the person's terminal, in which what it cannot show is spelt as an escape."""
     stream = sys.stdout if fd == 1 else sys.stderr
-    raw = Terminal(fd, "w", closefd=False)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=fd == 2 or raw.isatty()
-    )
+    raw = io.BufferedWriter(Terminal(fd, "w", closefd=False))
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)  # a log is as new as the run
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,4 +85,4 @@ class Parser(argparse.ArgumentParser):
 
 def path(text):
     """The path that a person typed, with ~ as the home folder: a shell leaves it alone in --out=~/here."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))

@@ -16,6 +16,9 @@ from pathlib import Path
 
 from errors import UserError
 
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list",
+         dict: "an object", type(None): "null"}  # fmt: skip
+
 
 def sync(path):
     """Wait until a file or folder is on the disk, not only in the operating system's memory."""
@@ -61,15 +64,40 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path):
-    """The object, a dict, in a JSON file. UserError names the file and what is wrong with it."""
+def read_json(path, shape=None):
+    """The object, a dict, in a JSON file, of a shape as `misfit` has it. UserError names the file and what is wrong."""
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object but {type(value).__name__}")
+    if wrong := misfit(value, shape or {}):
+        raise UserError(f"{path}: {wrong}")
     return value
+
+
+def misfit(value, shape, name=""):
+    """What keeps a JSON value from having a shape, in words; None if nothing does.
+
+    shape: a type, float for any number; a tuple of shapes, one of which it has; None; [shape] of all items of a list;
+    {str: shape} of all values of an object; {"name": shape, ...} of the values that an object must have, others it may.
+    """
+    if isinstance(shape, tuple):
+        found = [misfit(value, one, name) for one in shape]
+        return None if None in found else found[0]
+    kind = type(shape) if isinstance(shape, (list, dict)) or shape is None else shape
+    known = (int, float) if kind is float else kind
+    if not isinstance(value, known) or (isinstance(value, bool) and kind is not bool):
+        return f"{name or 'it'} is {json.dumps(value, default=repr)[:60]}, not {WORDS[kind]}"
+    if kind is list:
+        inner = [(f"{name}[{i}]", one, shape[0]) for i, one in enumerate(value) if shape]
+    elif kind is dict:
+        if lacking := [key for key in shape if isinstance(key, str) and key not in value]:
+            return f"{name or 'it'} lacks {lacking[0]!r}"
+        inner = [(f"{name}.{key}".lstrip("."), one, shape.get(key, shape.get(str)))
+                 for key, one in value.items() if key in shape or str in shape]  # fmt: skip
+    else:
+        inner = []
+    return next((wrong for key, one, part in inner if (wrong := misfit(one, part, key))), None)
 
 
 @contextlib.contextmanager

@@ -17,21 +17,24 @@
 import bisect
 import hashlib
 import heapq
-import json
 import math
 import mmap
+import resource
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+import files
 from errors import UserError
 from infill import GOLDEN, Prefix, below, rearrange, scramble
 
 ALGORITHM = 1  # raise it when samples, or what infill.py makes of them, change: runs under way then refuse to go on
 PERIOD = 100_000  # longest quota table; finer weights are rounded to multiples of 1 / PERIOD
 CHUNK = 8192  # samples planned at a time: enough to hide what a call costs, few enough for the cache
-OPEN_FILES = 64  # per source; each holds a file descriptor, and systems often grant no more than 1024
+SOURCES = weakref.WeakSet()  # all of this process, whose open files share its limit of descriptors
 LARGE = 2**30  # tokens of a source from which the system shall not read ahead: megabytes around each window of 2 KB
 
 
@@ -125,8 +128,9 @@ class Source:
     The tokens of a file form a circle: wherever the first window is cut, a file of L tokens has L // block_size of
     them. Windows never cross files. Opening reads meta.json and file sizes, however large the corpus.
 
-    name, tokens, windows, sha256 (of the content), tokenizer (its sha256), meta (meta.json as a dict). A bare nanoGPT
-    folder, train.bin and val.bin, has neither tokenizer nor meta: both are None. Raises MixError.
+    name, tokens, windows, sha256 (of the content), tokenizer (its sha256), meta (meta.json as a dict), ids (that there
+    may be, 65,536 unless meta or the caller says). A bare nanoGPT folder, train.bin and val.bin, has neither tokenizer
+    nor meta: both are None. Raises MixError, also where an id is met that there may not be.
     """
 
     def __init__(self, folder, split, block_size):
@@ -134,6 +138,7 @@ class Source:
         self.name, self.block_size = folder.name, block_size
         self.meta, shards = find_shards(folder, split)
         self.tokenizer = self.meta and self.meta["tokenizer"]["sha256"]
+        self.ids = self.meta["tokenizer"]["vocab_size"] if self.meta else 1 << 16
         self.sha256 = hashlib.sha256("".join(sha256 for _, _, sha256 in shards).encode()).hexdigest()
         self.files = [path for path, _, _ in shards]
         self.tokens = sum(tokens for _, tokens, _ in shards)
@@ -142,14 +147,16 @@ class Source:
         self.ends = np.cumsum(windows, dtype=np.int64)  # of each file, counted in windows of the source
         self.begins = self.ends - windows
         self.opened = {}
+        SOURCES.add(self)
         if not self.windows:
             need = f"one window needs block_size + 1 = {block_size + 1:,}"
             raise MixError(f"{folder}: {self.tokens:,} {split} tokens, {need}; add data or lower block_size")
 
     def map_file(self, f):
         """File f -> its tokens, uint16 (L,), and all runs of T + 1 of them, a view (L - T, T + 1), T = block_size."""
-        if len(self.opened) == OPEN_FILES:
-            self.opened.clear()
+        if sum(len(source.opened) for source in SOURCES) >= open_files():
+            for source in SOURCES:
+                source.opened.clear()
         with open(self.files[f], "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if self.tokens > LARGE and hasattr(memory, "madvise"):
@@ -178,35 +185,87 @@ class Source:
         always the same, and of many documents; the first ones may be one book."""
         n = min(count, self.windows)
         rows = np.empty((n, self.block_size + 1), np.uint16)
-        self.read(*self.locate(np.arange(n) * self.windows // n, 0), rows, np.arange(n))
+        places = self.locate(np.arange(n) * self.windows // n, 0)
+        self.read(*places, rows, np.arange(n))
+        self.check_ids(rows, *places)
         return rows
+
+    def check_ids(self, rows, file, begin):
+        """MixError if rows, uint16 (n, block_size + 1), read from these places have an id that there may not be."""
+        if rows.size and rows.max() >= self.ids:
+            row, column = np.argwhere(rows >= self.ids)[0]
+            path, at = self.files[file[row]], begin[row] + column
+            raise MixError(
+                f"{path}: id {rows[row, column]:,} near token {at:,} is beyond the {self.ids:,} ids of the vocabulary;"
+                " prepare it again, or for a bare .bin say a larger --vocab_size"
+            )
+
+
+SPLIT = {"tokens": int, "shards": [{"file": str, "tokens": int, "sha256": str}]}
+META = {"format": int, "tokenizer": {"name": str, "vocab_size": int, "sha256": str}}
 
 
 def find_shards(folder, split):
-    """The files of a split -> meta.json or None, [(path, tokens, sha256)]. MixError if one is damaged."""
+    """The files of a split -> meta.json or None, [(path, tokens, sha256)]. MixError if one is damaged.
+
+    A shard that is newer than meta.json, which is written last, is read whole to see that it is what was prepared.
+    """
     record, make = folder / "meta.json", f"run python prepare.py {folder.name}=FILES"
     if not record.exists():
         path = folder / f"{split}.bin"  # nanoGPT's layout
         if not path.exists():
             alone = " (or nothing, for the default corpus)" if folder.name in ("text", "code") else ""
             raise MixError(f"{folder}: neither meta.json nor {split}.bin; {make}{alone}")
-        size = path.stat().st_size
-        if size % 2:
-            raise MixError(f"{path}: {size:,} bytes are no whole number of uint16 tokens: truncated; copy it again")
-        return None, [(path, size // 2, sampled_sha256(path, size))]
+        return None, [bare_file(path)]
     try:
-        meta = json.loads(record.read_text())
-        shards = [(folder / shard["file"], shard["tokens"], shard["sha256"]) for shard in meta[split]["shards"]]
-        if meta["format"] != 1 or not meta["tokenizer"]["sha256"]:
-            raise ValueError(f"format {meta['format']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise MixError(f"{record}: does not describe {split} shards ({error!r}); {make} --fresh") from error
-    for path, tokens, _ in shards:
-        size = path.stat().st_size if path.exists() else 0
-        if size != 2 * tokens:
+        meta = files.read_json(record, META | {split: SPLIT})
+    except UserError as error:
+        raise MixError(f"{error}; {make} --fresh") from None
+    if meta["format"] != 1 or not 0 < meta["tokenizer"]["vocab_size"] <= 1 << 16:
+        raise MixError(f"{record}: format {meta['format']} and its vocab_size are not what this reads; {make} --fresh")
+    shards = [(folder / shard["file"], shard["tokens"], shard["sha256"]) for shard in meta[split]["shards"]]
+    newer = []
+    for path, tokens, sha256 in shards:
+        found = path.stat() if path.parent == folder and path.is_file() else None
+        if not found or not found.st_size or found.st_size != 2 * tokens:
+            size = found.st_size if found else 0
             what = f"{size:,} bytes where meta.json says {2 * tokens:,}: truncated or replaced"
             raise MixError(f"{path}: {what if size else 'missing or empty'}; {make} --fresh")
+        if found.st_mtime_ns > record.stat().st_mtime_ns:
+            newer.append((path, sha256))
+    with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
+        for (path, sha256), content in zip(newer, pool.map(whole_sha256, [path for path, _ in newer]), strict=True):
+            if content != sha256:
+                raise MixError(f"{path}: not what was prepared (sha256 differs from meta.json's); {make} --fresh")
     return meta, shards
+
+
+def bare_file(path):
+    """(path, tokens, sampled sha256) of a .bin that no meta.json describes. MixError if it does not hold uint16 ids."""
+    size = path.stat().st_size
+    if size % 2:
+        raise MixError(f"{path}: {size:,} bytes are no whole number of uint16 tokens: truncated; copy it again")
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    if start.startswith(b"\x93NUMPY"):
+        raise MixError(f"{path} is a .npy file: np.load(FILE).astype('<u2').tofile({path.name!r}) writes what is read")
+    ids = np.frombuffer(start[: len(start) // 8 * 8], "<u2").reshape(-1, 4)
+    zero = (ids == 0).all(axis=0).tolist() if len(ids) >= 16 else []
+    wide = {(0, 1, 1, 1): "<u8", (0, 1, 0, 1): "<u4", (1, 0, 1, 0): ">u4", (1, 1, 1, 0): ">u8"}.get(tuple(zero))
+    if wide:
+        read = f"np.fromfile({path.name!r}, {wide!r}).astype('<u2').tofile(...)"
+        raise MixError(f"{path} holds ids of {8 * int(wide[2])} bits, and what is read is uint16: {read} converts it")
+    return path, size // 2, sampled_sha256(path, size)
+
+
+def open_files():
+    """Files that all sources together may keep open: half of what the system grants this process."""
+    return min(1024, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
+def whole_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sampled_sha256(path, size, blocks=16, length=4096):
@@ -332,15 +391,19 @@ class Mix:
             self.chunk = first, last, places
         source, file, begin, key = (part[lo - first : hi - first] for part in places)
         rows = np.empty((hi - lo, self.block_size + 1), np.uint16)
+        mine = [(source == s).nonzero()[0] for s in range(len(self.names))]
+        for name, at in zip(self.names, mine, strict=True):
+            self.sources[name].read(file[at], begin[at], rows, at)
+        if rows.size and rows.max() >= min(self.sources[name].ids for name in self.names):
+            for name, at in zip(self.names, mine, strict=True):
+                self.sources[name].check_ids(rows[at], file[at], begin[at])
         prefixed = any(isinstance(objective, Prefix) for objective in self.objectives.values())
         prefix = np.zeros_like(rows) if prefixed else None
-        for s, name in enumerate(self.names):
-            mine = (source == s).nonzero()[0]
-            self.sources[name].read(file[mine], begin[mine], rows, mine)
-            if name in self.objectives and len(mine):
-                rows[mine], inside = rearrange(rows[mine], key[mine], self.objectives[name], self.vocabulary)
+        for name, at in zip(self.names, mine, strict=True):
+            if name in self.objectives and len(at):
+                rows[at], inside = rearrange(rows[at], key[at], self.objectives[name], self.vocabulary)
                 if inside is not None:
-                    prefix[mine] = inside
+                    prefix[at] = inside
         return rows, source, prefix
 
     def identity(self):

@@ -419,7 +419,7 @@ def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path):
     rows, _, _ = Mix({"a": source}, {"a": 1}, 600, seed=1).batch(0, 600)
     expected = sorted(shard[i : i + 65].tobytes() for shard in shards for i in (0, 64))
     assert sorted(row.tobytes() for row in rows) == expected
-    assert len(source.opened) <= mix.OPEN_FILES
+    assert len(source.opened) <= mix.open_files()
 
 
 def test_nanogpts_folders_are_read_as_they_are(tmp_path):

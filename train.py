@@ -17,16 +17,21 @@ beats the file's, before the file computes with it: --lr_peak scales the rates o
 Names that begin with _ are the file's own.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # until training listens for signals: imports take seconds, and there is nothing to save
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(0))
+
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import json
 import math
-import os
+import shlex
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,6 +48,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
+import errors
 import eval as evaluation
 import files
 import infill
@@ -131,6 +137,8 @@ class Config:
     timeout: float = 600.0  # seconds that processes wait for each other before they call one hung
 
     def __post_init__(self):
+        for name in ("out", "data", "init_from", "eval_tasks"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
         self.lr = self.lr or self.lr_peak
         self.batch = self.batch or BATCH.get(self.size, 0)
         choices = {
@@ -637,25 +645,33 @@ class Log:
             return
         phase.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(phase.folder / "log.jsonl", "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is training in {phase.folder}; wait, or use --out") from None
+        alone = files.lock(self.file)
+        if alone is False:
+            raise ConfigError(f"another process is training in {phase.folder}; wait, or use --out")
+        if alone is None:
+            print(f"warning  {phase.folder} lies on a file system without locks: start no second run in it")
         self.file.truncate(min(size, self.file.seek(0, os.SEEK_END)))
         if phase.cfg.wandb:
-            self.wandb = importlib.import_module("wandb").init(project=phase.cfg.wandb, name=phase.name)
+            try:
+                self.wandb = importlib.import_module("wandb").init(project=phase.cfg.wandb, name=phase.name)
+            except Exception as error:  # of its own kinds: no login, no network, no such project
+                raise ConfigError(f"wandb = {phase.cfg.wandb!r}: {error}") from error
 
     def write(self, step, values):
         if self.file:
             tokens = self.phase.first_token + step * self.phase.cfg.batch
             record = {"step": step, "phase": self.phase.name, "tokens": tokens} | values
             try:
-                self.file.write(json.dumps(record).encode() + b"\n")
+                self.file.write(files.strict(record).encode() + b"\n")
                 self.file.flush()
             except OSError as error:
                 raise OSError(error.errno, error.strerror, self.file.name) from None
             if self.wandb and "event" not in values:
-                self.wandb.log(record, step=tokens)
+                try:
+                    self.wandb.log(record, step=tokens)
+                except Exception as error:  # whatever happens to the copy, training goes on
+                    tqdm.write(f"wandb has failed and gets no more numbers: {error}")
+                    self.wandb = None
 
     def size(self):
         """Bytes so far, on the disk; 0 in other processes."""
@@ -668,7 +684,8 @@ class Log:
         if self.file:
             self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(Exception):  # what was trained is saved
+                self.wandb.finish()
 
 
 @contextlib.contextmanager
@@ -761,6 +778,15 @@ def find_progress(named):
             check_lineage(roots[: index + 1], folder)
             return index, folder
     return 0, None
+
+
+# What state.json must have for a phase to go on inside.
+RESUMED = checkpoint.STATE | {
+    "evaluated": int, "parent": (str, None), "sums": [[float]], "skips": [int], "log_bytes": int,
+    "config": {"data": str, "mix": {}, "objective": {}, "batch": int},
+    "mix": {"algorithm": int, "seed": int, "block_size": int, "weights": {str: int}, "start": {str: int},
+            "samples": int, "skip": [[int]], "sources": {str: {"sha256": str}}},
+}  # fmt: skip
 
 
 def check_lineage(roots, folder):
@@ -1081,12 +1107,12 @@ def find_start(named, fresh):
     """The newest checkpoint of the last phase that has one, or what init_from names. CheckpointError, ConfigError."""
     index, folder = (0, None) if fresh else find_progress(named)
     if folder:
-        state = checkpoint.load_state(folder)
+        state = checkpoint.load_state(folder, RESUMED)
         done = state["step"] == state["evaluated"] == phase_steps(*named[index])[0]
         return Start(index, folder, state, True, done)
     if init_from := named[0][1].init_from:
         folder = checkpoint.find(init_from)
-        return Start(0, folder, checkpoint.load_state(folder))
+        return Start(0, folder, checkpoint.load_state(folder, checkpoint.STATE))
     return Start()
 
 
@@ -1179,8 +1205,9 @@ def train(named, fresh, stop):
         if not train_phase(run, phase, start.resumed if phase is first else None, parent):
             return False
         parent = from_first(end_phase, phase)
-    print(f"\nnext     python sample.py {phase.folder} --prompt 'def '     python plot.py {cfg.out}")
-    print(f"         python train.py <another phase>.py --init_from={phase.folder}")
+    folder, out = shlex.quote(str(phase.folder)), shlex.quote(cfg.out)
+    print(f"\nnext     python sample.py {folder} --prompt 'def '     python plot.py {out}")
+    print(f"         python train.py <another phase>.py --init_from={folder}")
     return True
 
 
@@ -1209,12 +1236,14 @@ def print_start(start, named):
 
 def count_ids(cfg, meta, sources):
     """Ids that the data may hold: the tokenizer's, or for bare .bin files cfg.vocab_size."""
-    if meta:
-        return meta["vocab_size"]
-    largest = max(int(source.rows(100).max()) for source in sources.values())
-    if cfg.vocab_size <= largest:
-        raise ConfigError(f"{cfg.data}/ names no tokenizer and has id {largest:,}; say --vocab_size=...")
-    return cfg.vocab_size
+    ids = meta["vocab_size"] if meta else cfg.vocab_size
+    if not ids:
+        largest = max(int(source.rows(100).max()) for source in sources.values())
+        raise ConfigError(f"{cfg.data}/ names no tokenizer and has id {largest:,}; say --vocab_size={largest + 1}")
+    for source in sources.values():
+        source.ids = ids  # from now on a larger one is refused wherever it is met
+        source.rows(100)
+    return ids
 
 
 def make_room(afresh, folder):
@@ -1242,7 +1271,7 @@ def show_plan(named):
         )
     start, tokens = {}, 0
     if cfg.init_from:
-        state = checkpoint.load_state(checkpoint.find(cfg.init_from))
+        state = checkpoint.load_state(checkpoint.find(cfg.init_from), checkpoint.STATE)
         start, tokens = state["drawn"], state["tokens"]
     meta, encoding = the_tokenizer({name: source for name, source in sources.items() if isinstance(source, Source)})
     here = all(isinstance(source, Source) for source in sources.values())
@@ -1270,11 +1299,12 @@ def run_command(named, flags, refused, stop):
         print(f"{signal_name}: stopped before this start made a step; the same command continues")
     except (*MISTAKES, OSError, LossError) as error:
         if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
-            print(f"train.py: {error}", file=sys.stderr)
+            errors.say(main, error)
         return 1 if isinstance(error, LossError) else 2
     return 0
 
 
+@errors.command
 def main(argv):
     named, flags, refused = [], set(), None
     try:
@@ -1288,12 +1318,9 @@ def main(argv):
         with Stop() as stop, processes.joined(named[0][1].timeout if named else Config.timeout):
             return run_command(named, flags, refused, stop)
     except PeerError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        errors.say(main, error)
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file is then as new as the run
-    processes.leave(main(sys.argv[1:]))
+    errors.run(main, processes.leave)
