@@ -39,8 +39,8 @@ MARKER, TENSORS = "complete.json", "*.distcp"
 STEP = re.compile(r"step-\d{8,}(\.old)?")  # what a complete checkpoint is called; copies by other names are a person's
 STATE = {  # of state.json, what everybody reads; how to go on with training says train.py
     "phase": str, "step": int, "tokens": int, "model": {}, "config": {"data": str, "mix": {}, "objective": {}},
-    "tokenizer": (None, {"name": str, "vocab_size": int, "sha256": str}), "start": {str: int}, "drawn": {str: int},
-    "first_token": int, "sample": int, "mix": {"sources": {str: {"sha256": str}}},
+    "tokenizer": (None, {"name": str, "vocab_size": int, "sha256": str}), "start": {...: int}, "drawn": {...: int},
+    "first_token": int, "sample": int, "mix": {"sources": {...: {"sha256": str}}},
 }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def complete(root):
 def damage(folder):
     """Why a complete checkpoint cannot be used, or None: names the first file that is missing or changed."""
     try:
-        expected = files.read_json(folder / MARKER, {str: str})
+        expected = files.read_json(folder / MARKER, {...: str})
         names = list(dict.fromkeys([".metadata", "state.json", *expected]))
         for name in names:
             if name not in expected:

@@ -12,6 +12,7 @@
 import argparse
 import functools
 import io
+import math
 import os
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ class Terminal(io.FileIO):
 def terminal(fd):
     """A text stream in the encoding of the person's terminal, in which what it cannot show is spelt as an escape."""
     stream = sys.stdout if fd == 1 else sys.stderr
+    if stream is None:  # closed before we began, as by >&-
+        return open(os.devnull, "w")
     raw = io.BufferedWriter(Terminal(fd, "w", closefd=False))
     return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)  # a log is as new as the run
 
@@ -85,4 +88,20 @@ class Parser(argparse.ArgumentParser):
 
 def path(text):
     """The path that a person typed, with ~ as the home folder: a shell leaves it alone in --out=~/here."""
-    return Path(os.path.expanduser(text))
+    return Path(os.path.expanduser(text))  # leaves ~name as it is if nobody is called so, where pathlib's raises
+
+
+def number(kind, least, most=math.inf):
+    """For the type of an argument: a function that reads an int or a float between two, which are both allowed."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            limits = f"of at least {least:,}" if most == math.inf else f"from {least:,} to {most:,}"
+            raise argparse.ArgumentTypeError(f"{text} is no {'whole ' if kind is int else ''}number {limits}")
+        return value
+
+    return read

@@ -75,29 +75,46 @@ def read_json(path, shape=None):
     return value
 
 
-def misfit(value, shape, name=""):
-    """What keeps a JSON value from having a shape, in words; None if nothing does.
+def misfit(value, shape, place=""):
+    """What keeps a value out of a JSON file from having a shape, such as "tasks.quiz.n is null, not a whole number";
+    None if nothing does.
 
-    shape: a type, float for any number; a tuple of shapes, one of which it has; None; [shape] of all items of a list;
-    {str: shape} of all values of an object; {"name": shape, ...} of the values that an object must have, others it may.
+    A shape is a type, where int and float are no bool and float is any number; None; a function that says whether a
+    value will do; several shapes in a tuple, one of which must fit; a dict of the shapes of members, or {...: shape} or
+    [shape] of all of them. Members of an object that the shape does not name may be anything.
     """
+    place = place or "it"
     if isinstance(shape, tuple):
-        found = [misfit(value, one, name) for one in shape]
+        found = [misfit(value, one, place) for one in shape]
         return None if None in found else found[0]
-    kind = type(shape) if isinstance(shape, (list, dict)) or shape is None else shape
+    if callable(shape) and not isinstance(shape, type):
+        return None if shape(value) else f"{place} is {shown(value)}, which cannot be"
+    kind = type(shape) if shape is None or isinstance(shape, (dict, list)) else shape
     known = (int, float) if kind is float else kind
     if not isinstance(value, known) or (isinstance(value, bool) and kind is not bool):
-        return f"{name or 'it'} is {json.dumps(value, default=repr)[:60]}, not {WORDS[kind]}"
-    if kind is list:
-        inner = [(f"{name}[{i}]", one, shape[0]) for i, one in enumerate(value) if shape]
-    elif kind is dict:
-        if lacking := [key for key in shape if isinstance(key, str) and key not in value]:
-            return f"{name or 'it'} lacks {lacking[0]!r}"
-        inner = [(f"{name}.{key}".lstrip("."), one, shape.get(key, shape.get(str)))
-                 for key, one in value.items() if key in shape or str in shape]  # fmt: skip
+        return f"{place} is {shown(value)}, not {WORDS[kind]}"
+    if isinstance(shape, dict):
+        every = dict.fromkeys(value, shape[...]) if ... in shape else {}
+        named = {name: inner for name, inner in shape.items() if name is not ...}
+        if lacking := [name for name in named if name not in value]:
+            return f"{place} lacks {lacking[0]!r}"
+        within = "" if place == "it" else f"{place}."
+        members = [(f"{within}{name}", value[name], inner) for name, inner in (every | named).items()]
+    elif isinstance(shape, list):
+        members = [(f"{place}[{at}]", one, shape[0]) for at, one in enumerate(value)]
     else:
-        inner = []
-    return next((wrong for key, one, part in inner if (wrong := misfit(one, part, key))), None)
+        members = []
+    found = (misfit(one, inner, name) for name, one, inner in members)
+    return next(filter(None, found), None)
+
+
+def shown(value):
+    return json.dumps(value, default=repr)[:60]
+
+
+def number(value):
+    """Whether a value out of a JSON file is a number that a float can hold; null stands for those that are none."""
+    return value is None or (type(value) in (int, float) and not 1e300 < abs(value) < math.inf)
 
 
 @contextlib.contextmanager

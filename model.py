@@ -63,6 +63,11 @@ class GPTConfig:
     def __post_init__(self):
         self.n_inner = self.n_inner or -(-(8 * self.n_embd // 3) // 64) * 64
         self.vocab_real = self.vocab_real or self.vocab_size
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if not 0 < (value := getattr(self, name)) <= 1 << 20:
+                raise ValueError(f"{name} = {value:,} is not from 1 to {1 << 20:,}")
+        if self.n_layer > 1024:  # building so many takes minutes, and nobody has trained them
+            raise ValueError(f"n_layer = {self.n_layer:,} is more than 1,024")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if not 0 <= self.rotary <= 1 or self.rotary_dim % 2:

@@ -784,8 +784,8 @@ def find_progress(named):
 RESUMED = checkpoint.STATE | {
     "evaluated": int, "parent": (str, None), "sums": [[float]], "skips": [int], "log_bytes": int,
     "config": {"data": str, "mix": {}, "objective": {}, "batch": int},
-    "mix": {"algorithm": int, "seed": int, "block_size": int, "weights": {str: int}, "start": {str: int},
-            "samples": int, "skip": [[int]], "sources": {str: {"sha256": str}}},
+    "mix": {"algorithm": int, "seed": int, "block_size": int, "weights": {...: int}, "start": {...: int},
+            "samples": int, "skip": [[int]], "sources": {...: {"sha256": str}}},
 }  # fmt: skip
 
 
