@@ -63,7 +63,9 @@ def parse(text, kind):
     if kind in (bool, dict, list):
         return ast.literal_eval(text)
     if kind in (int, float):
-        scale = {"K": 1e3, "M": 1e6, "B": 1e9, "%": 0.01}.get(text[-1:].upper())
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper())
         return float(text[:-1]) * scale if scale else int(text) if re.fullmatch(r"\d+", text) else float(text)
     return text
 

@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import math
 import mmap
+import re
 import resource
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ ALGORITHM = 1  # raise it when samples, or what infill.py makes of them, change:
 PERIOD = 100_000  # longest quota table; finer weights are rounded to multiples of 1 / PERIOD
 CHUNK = 8192  # samples planned at a time: enough to hide what a call costs, few enough for the cache
 SOURCES = weakref.WeakSet()  # all of this process, whose open files share its limit of descriptors
+WEIGHT = re.compile(r"[-+.\d_/ ]{1,99}([eE][-+]?\d{1,3})?")  # 1e999999999 would fill the memory
 LARGE = 2**30  # tokens of a source from which the system shall not read ahead: megabytes around each window of 2 KB
 
 
@@ -80,6 +82,8 @@ def permute(index, size, key):
 def quotas(weights):
     """{name: weight}, exact decimals or fractions of any sum -> {name: samples in one period}, by name, coprime."""
     try:
+        if wild := [name for name, weight in weights.items() if not WEIGHT.fullmatch(str(weight))]:
+            raise ValueError(f"{wild[0]} has {str(weights[wild[0]])[:40]!r}")
         exact = {name: Fraction(str(weight)) for name, weight in sorted(weights.items())}
     except (ValueError, ZeroDivisionError) as error:
         raise MixError(f"mix: a weight is not a number: {error}") from error

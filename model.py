@@ -64,8 +64,8 @@ class GPTConfig:
         self.n_inner = self.n_inner or -(-(8 * self.n_embd // 3) // 64) * 64
         self.vocab_real = self.vocab_real or self.vocab_size
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if not 0 < (value := getattr(self, name)) <= 1 << 20:
-                raise ValueError(f"{name} = {value:,} is not from 1 to {1 << 20:,}")
+            if not 0 < (value := getattr(self, name)) <= 1 << 24:
+                raise ValueError(f"{name} = {value:,} is not from 1 to {1 << 24:,}")
         if self.n_layer > 1024:  # building so many takes minutes, and nobody has trained them
             raise ValueError(f"n_layer = {self.n_layer:,} is more than 1,024")
         if self.n_embd % self.n_head:
