@@ -269,10 +269,13 @@ def load(folder, tensors, group=None):
     with together(group):
         reader = Reader(folder)
     try:
-        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():  # about pickles that are no tensors
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=not dist.is_initialized())
     except (CheckpointException, ValueError, OSError) as error:
         failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
-        raise CheckpointError(f"checkpoint {folder}: {next(iter(failures.values()))[0]}") from error
+        why = str(next(iter(failures.values()))[0]).strip().split("\n")[0]
+        raise CheckpointError(f"checkpoint {folder}: {why}") from error
 
 
 class Reader(dcp.FileSystemReader):

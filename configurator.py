@@ -135,7 +135,9 @@ class ConfigFile(dict):
             raise ConfigError(f"{path}{where} is not Python ({error.msg}): write lines such as lr = 0.003") from error
         except SystemExit as error:
             raise ConfigError(f"{path} ends the program itself, with exit or SystemExit") from error
-        except Exception as error:  # whatever somebody's file does
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever somebody's file does
             raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
         return self
 

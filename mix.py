@@ -206,7 +206,7 @@ class Source:
 
 
 SPLIT = {"tokens": int, "shards": [{"file": str, "tokens": int, "sha256": str}]}
-META = {"format": int, "tokenizer": {"name": str, "vocab_size": int, "sha256": str}}
+META = {"format": int, "tokenizer": {"name": str, "vocab_size": int, "sha256": str}, "train": SPLIT, "val": SPLIT}
 
 
 def find_shards(folder, split):
@@ -222,7 +222,7 @@ def find_shards(folder, split):
             raise MixError(f"{folder}: neither meta.json nor {split}.bin; {make}{alone}")
         return None, [bare_file(path)]
     try:
-        meta = files.read_json(record, META | {split: SPLIT})
+        meta = files.read_json(record, META)
     except UserError as error:
         raise MixError(f"{error}; {make} --fresh") from None
     if meta["format"] != 1 or not 0 < meta["tokenizer"]["vocab_size"] <= 1 << 16:

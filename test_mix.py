@@ -23,7 +23,7 @@ def write_source(root, name, *shards, split="train", tokenizer="tok"):
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "meta.json"
-    meta = json.loads(record.read_text()) if record.exists() else {"format": 1}
+    meta = json.loads(record.read_text()) if record.exists() else {"format": 1} | dict.fromkeys(("train", "val"), {"tokens": 0, "shards": []})
     meta["tokenizer"] = {"name": tokenizer, "vocab_size": 65536, "sha256": tokenizer, "eot": 0}
     entries = []
     for i, tokens in enumerate(shards):
