@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +24,8 @@ def write_source(root, name, *shards, split="train", tokenizer="tok"):
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "meta.json"
-    meta = json.loads(record.read_text()) if record.exists() else {"format": 1} | dict.fromkeys(("train", "val"), {"tokens": 0, "shards": []})
+    empty = {"format": 1, "train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
+    meta = json.loads(record.read_text()) if record.exists() else empty
     meta["tokenizer"] = {"name": tokenizer, "vocab_size": 65536, "sha256": tokenizer, "eot": 0}
     entries = []
     for i, tokens in enumerate(shards):
@@ -531,8 +533,6 @@ def test_damaged_or_missing_data_is_named_before_anything_is_read(tmp_path):
 
     folder = write_source(tmp_path, "a", random_tokens(0, 1_000), random_tokens(1, 500))
     refuses(r"1,500 train tokens.*block_size \+ 1 = 1,025", folder, block=1024)
-    refuses("meta.json.*val", folder, split="val")
-    write_source(tmp_path, "a", split="val")
     refuses("0 val tokens", folder, split="val")
     shard = folder / "train-00001.bin"
     whole = shard.read_bytes()
@@ -542,9 +542,16 @@ def test_damaged_or_missing_data_is_named_before_anything_is_read(tmp_path):
     refuses(r"train-00001.bin: missing.*prepare.py a=", folder)
     shard.write_bytes(whole)
     Source(folder, "train", 64)
-    for broken in ("{", "[]", '{"format": 1}', '{"format": 2, "tokenizer": {"sha256": "x"}, "train": {"shards": []}}'):
-        (folder / "meta.json").write_text(broken)
+    meta = json.loads((folder / "meta.json").read_text())
+    for broken in ("{", "[]", b"\xff", "[" * 100_000, *map(json.dumps, (
+        {"format": 1}, meta | {"format": 2}, {k: v for k, v in meta.items() if k != "val"}, meta | {"train": []},
+        meta | {"tokenizer": meta["tokenizer"] | {"vocab_size": 70_000}}, meta | {"val": {"tokens": 1, "shards": [3]}},
+    ))):  # fmt: skip
+        (folder / "meta.json").write_bytes(broken if isinstance(broken, bytes) else broken.encode())
         refuses("meta.json", folder)
+    outside = {"file": "../a/train-00001.bin", "tokens": 500, "sha256": ""}
+    (folder / "meta.json").write_text(json.dumps(meta | {"train": {"tokens": 500, "shards": [outside]}}))
+    refuses(r"\.\./a/train-00001.bin: missing", folder)
     refuses("neither meta.json nor train.bin.*prepare.py b=", tmp_path / "b")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "train.bin").write_bytes(b"x" * 1001)
@@ -553,12 +560,67 @@ def test_damaged_or_missing_data_is_named_before_anything_is_read(tmp_path):
     refuses("64 train tokens", tmp_path / "b")
 
 
+CHANGED = {
+    "one bit": lambda raw: raw[:500] + bytes([raw[500] ^ 1]) + raw[501:],
+    "its tokens reversed": lambda raw: np.frombuffer(raw, "<u2")[::-1].tobytes(),
+    "a part that was never copied": lambda raw: raw[:600] + bytes(len(raw) - 600),
+    "another file of its size": lambda raw: random_tokens(7, len(raw) // 2).tobytes(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_shard_that_changed_after_it_was_prepared_is_named_before_training(change, tmp_path):
+    folder = write_source(tmp_path, "a", random_tokens(0, 1_000), random_tokens(1, 500))
+    shard = folder / "train-00001.bin"
+    written = (folder / "meta.json").stat().st_mtime_ns
+    os.utime(shard, ns=(written + 1, written + 1))
+    assert Source(folder, "train", 64).windows == 15 + 7  # newer, and still what was prepared
+    shard.write_bytes(CHANGED[change](shard.read_bytes()))
+    os.utime(shard, ns=(written + 1, written + 1))
+    with pytest.raises(MixError, match=r"train-00001.bin: not what was prepared"):
+        Source(folder, "train", 64)
+
+
+@pytest.mark.parametrize("kind", ["<u4", "<i8", ">i4", ">u8", ".npy"])
+def test_a_bare_file_that_holds_no_uint16_is_refused_with_the_way_to_convert_it(kind, tmp_path):
+    folder, ids = tmp_path / "a", random_tokens(0, 1_000)
+    folder.mkdir()
+    if kind == ".npy":
+        with open(folder / "train.bin", "wb") as f:
+            np.save(f, ids)
+    else:
+        ids.astype(kind).tofile(folder / "train.bin")
+    with pytest.raises(MixError, match=r"train.bin.*astype\('<u2'\)"):
+        Source(folder, "train", 64)
+    for content in (ids, np.zeros(1_000, "<u2"), np.repeat(ids[:3], 8), ids % 2):  # odd, but uint16
+        content.astype("<u2").tofile(folder / "train.bin")
+        Source(folder, "train", 8)
+
+
+@pytest.mark.parametrize("where", ["a window", "the last token", "the held-out rows"])
+def test_an_id_beyond_the_vocabulary_is_named_when_it_is_met(where, tmp_path):
+    ids = random_tokens(0, 40_001) % 65
+    ids[{"a window": 101 * 64 + 37}.get(where, 40_000)] = 70
+    folder = write_source(tmp_path, "a", ids[:64_00] % 65, ids)
+    for limit in (71, 66):
+        source = Source(folder, "train", 64)
+        source.ids = limit
+        read = Mix({"a": source}, {"a": 1}, source.windows * 3, seed=1).batch  # later epochs are cut elsewhere
+        if limit == 71:
+            assert read(0, source.windows * 3)[0].max() == 70
+            continue
+        with pytest.raises(MixError, match=r"train-00001.bin: id 70 .* beyond the 66 ids"):
+            source.rows(source.windows) if where == "the held-out rows" else read(0, source.windows * 3)
+
+
 def test_a_mix_that_cannot_be_had_is_refused():
     windows = {"text": 10, "code": 10}
     for pattern, weights in (
         ("no source cod, math; there are: code, text", {"cod": 1, "math": 1, "text": 1}),
         ("not a number", {"text": "much"}),
         ("not a number", {"text": float("nan")}),
+        ("not a number", {"text": "1e999999999"}),
+        ("not a number", {"text": True}),
         ("must be positive", {"text": -1, "code": 2}),
         ("must be positive", {"text": 0}),
         ("must be positive", {}),
