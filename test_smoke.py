@@ -30,6 +30,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 import checkpoint
+import files
 import infill
 import tokenizer
 import train
@@ -1066,15 +1067,16 @@ def test_a_checkpoint_cannot_run_code(where, tmp_path):
 def test_a_checkpoints_description_is_checked_before_it_is_followed(tmp_path):
     checkpoint.save(tmp_path / "other", 1, {"model": {"x": torch.ones(3)}}, {}, keep=1)
     folder = checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(3)}}, {}, keep=1)
-    metadata = checkpoint.Reader(folder).metadata
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
     (index, info), *_ = metadata.storage_data.items()
     outside = dataclasses.replace(info, relative_path="../other/step-00000001/__0_0.distcp")
     metadata.storage_data[index] = outside
-    for text in (pickle.dumps(metadata), b"", b"nonsense", pickle.dumps(torch.Size([3]))):
+    strange = {pickle.dumps(metadata): "not one of its files", pickle.dumps(torch.Size([3])): "", b"": "", b"x": ""}
+    for text, why in strange.items():
         (folder / ".metadata").write_bytes(text)
-        with pytest.raises(checkpoint.CheckpointError, match="step-00000001"):
+        with pytest.raises(checkpoint.CheckpointError, match=f"step-00000001.*{why}"):
             checkpoint.load(folder, {"model": {"x": torch.zeros(3)}})
-    for text in ("{}", "[]", '""', "3"):
+    for text in ("{}", "[]", '""', "3", '{".metadata": 3}', "[" * 100_000):
         (folder / "complete.json").write_text(text)
         assert checkpoint.damage(folder)
 
@@ -1110,6 +1112,10 @@ MISTAKES = {
     "no source": (["--mix={}"], "names no sources"),
     "fresh with another mistake": (["--fresh", "--init_from=nowhere"], "no checkpoint under nowhere"),
     "kernels for a GPU that is not there": (["--kernels=triton", "--device=cpu"], "kernels = triton, but"),
+    "a device of which there is none": (["--device=cuda:7"], "device = 'cuda:7' is none of auto, cuda, mps, cpu"),
+    "a device of another name": (["--device=gpu"], "device = 'gpu' is none of auto, cuda, mps, cpu"),
+    "a model beyond the memory": (["--n_embd=1048576"], "GB are free"),
+    "a model beyond reason": (["--n_layer=1000000000"], "n_layer = 1,000,000,000"),
     "an out folder that is a file": ([f"--out={__file__}"], "test_smoke.py"),
 }
 
@@ -1121,6 +1127,113 @@ def test_a_mistake_gets_one_line_exit_code_2_and_writes_nothing(mistake, phases,
     assert train.main([*phases("a"), *arguments]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_told_by_what_is_in_it_and_copies_are_a_persons(phases, tmp_path):
+    for name in ("step-1", "step-00000005", "checkpoints", "a b"):
+        shutil.copy(tmp_path / "a.py", tmp_path / f"{name}.py")
+        assert train.main(phases(name, budget=2 * 512, share=1.0, save_every=1, keep=1)) == 0
+        folder = tmp_path / "out" / name
+        newest = folder / "checkpoints/step-00000002"
+        assert checkpoint.find(folder) == checkpoint.find(newest) == newest
+        shutil.copytree(newest, folder / "checkpoints/step-00000001-kept")
+        (folder / "checkpoints/step-mine.tmp").mkdir()
+        assert train.main(phases(name, budget=4 * 512, share=1.0, save_every=1, keep=1)) == 0
+        left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert left == ["step-00000001-kept", "step-00000004", "step-mine.tmp"]
+    (newest.parent / "step-00000004" / "complete.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="not a complete checkpoint"):
+        checkpoint.find(newest.parent / "step-00000004")
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, Path.rename
+
+    def synced(handle):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def renamed(path, to):
+        done.append(("name", Path(path)))
+        return rename(path, to)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    checkpoint.save(tmp_path, 1, {"model": {"x": torch.ones(1)}}, {"step": 1}, keep=1)
+    names = [path for what, path in done if what == "name"][-3:]
+    assert [path.name.split(".")[0] for path in names] == ["state", "complete", "step-00000001"]
+    for path in names:
+        assert done.index(("sync", path)) < done.index(("name", path))
+    assert done[-1] == ("sync", tmp_path)
+
+
+def test_a_log_that_somebody_shortened_is_gone_on_with_and_not_filled_with_zeros(phases, tmp_path):
+    assert train.main(phases("a", budget=2 * 512, share=1.0)) == 0
+    log = tmp_path / "out/a/log.jsonl"
+    log.write_text("")
+    assert train.main(phases("a", budget=4 * 512, share=1.0)) == 0
+    assert "\0" not in log.read_text() and [json.loads(line) for line in log.read_text().splitlines()]
+
+
+WANDB = """
+class UsageError(Exception): pass
+class Gone:
+    def log(self, *_, **__): raise OSError('gone')
+    finish = log
+def init(**_):
+"""
+REFUSALS = {
+    "no login": ("raise UsageError('No API key configured. Use `wandb login` to log in.')", "wandb login"),
+    "no network": ("raise SystemError('no\\nnetwork')", "'project': no; network"),
+    "no such project": ("raise PermissionError(13, 'denied')", "denied"),
+}
+
+
+@pytest.mark.parametrize("refusal", [*REFUSALS, "a loss on the way"])
+def test_wandb_that_refuses_is_one_line_and_on_the_way_costs_nothing(refusal, phases, tmp_path, capsys, monkeypatch):
+    body, words = REFUSALS.get(refusal, ("return Gone()", ""))
+    (tmp_path / "wandb.py").write_text(f"{WANDB}    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    code = train.main(phases("a", budget=2 * 512, share=1.0, wandb="project"))
+    monkeypatch.delitem(sys.modules, "wandb")
+    out, err = capsys.readouterr()
+    if words:
+        assert code == 2 and words in err and err.count("\n") == 1
+    else:
+        assert code == 0 and "wandb has failed" in out and len(losses(tmp_path / "out", ["a"])) == 4
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EWOULDBLOCK])
+def test_a_file_system_without_locks_is_no_folder_in_use(number, phases, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(number, "as asked")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    code, (out, err) = train.main(phases("a", budget=2 * 512, share=1.0)), capsys.readouterr()
+    if number == errno.EWOULDBLOCK:
+        assert code == 2 and "another process is training" in err
+    else:
+        assert code == 0 and "without locks" in out and not err
+
+
+def test_a_folder_with_things_in_it_is_never_filled_with_the_default_corpus(tmp_path, capsys):
+    for at in ("text/mine.txt", "corpus/notes.md", "thesis.tex"):
+        folder = tmp_path / at.replace("/", "-")
+        (folder / at).parent.mkdir(parents=True)
+        (folder / at).write_text("mine")
+        assert train.main(["config/phase1.py", f"--data={folder}", f"--out={tmp_path / 'out'}"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and at.split("/")[-1] in err
+        assert [p for p in folder.rglob("*") if p.is_file()] == [folder / at] and not (tmp_path / "out").exists()
+
+
+def test_sigterm_while_python_imports_is_a_stop_like_any_other(phases):
+    process = subprocess.Popen([sys.executable, "train.py", *phases()], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
 
 
 def test_phases_of_one_run_must_agree_on_the_model_and_the_data(phases, tmp_path, capsys):

@@ -1177,7 +1177,7 @@ def train(named, fresh, stop):
     first = phases[0]
     need = 16 * model.num_params() / world()  # fp32 weights, gradients and two moments
     if device == "cpu" and need > (free := checkpoint.free_memory()):
-        raise ConfigError(f"the model and its optimizer take {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} are free")
+        raise ConfigError(f"the model and its optimizer take {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free")
     parallelize(model, cfg)
     model.to_empty(device=device)
     optimizer = make_optimizer(model, first.cfg, device)
