@@ -450,6 +450,7 @@ def held_out(named, sources, encoding, vocabulary):
             print(f"{name} has no held-out part of one window, so there will be no evaluation on it")
             continue
         source = Source(folder, "val", cfg.block_size)
+        source.ids = trained.ids
         rows = source.rows(max(1, cfg.eval_tokens // cfg.block_size))
         sets[name] = rows, rows[:, 1:].astype(np.int64)
         if name in objectives:
