@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,7 +33,7 @@ def sync(path):
 def write(path, content):
     """Write bytes and sync; the name appears only with the whole content behind it. Makes folders that are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         sync(temporary)
