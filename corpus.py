@@ -50,13 +50,15 @@ def python_files():
                 kind = path.suffix if path.name != "METADATA" else ".md"
                 if kind in (".py", ".md", ".rst", ".txt") and not LEGAL.search(str(path.relative_to(root))):
                     files[str(path.relative_to(root))] = path
-    return [(files[name], name) for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    return [(files[name], name) for name in sorted(files, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())]
 
 
 def read_file(file):
     """(text, code) of one file of an installation, "" for what it does not give."""
     path, name = file
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return "", ""
         source = path.read_bytes()
         if not 200 <= len(source) <= 200_000:  # longer ones are mostly tables and generated
             return "", ""

@@ -20,18 +20,13 @@ train and val, memory is a few pieces per worker however long the input, runs su
 number of workers and machines writes the same bytes.
 """
 
-import argparse
 import contextlib
-import glob
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import math
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import signal
@@ -39,218 +34,55 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-import zlib
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import corpus
+import errors
+import files
+import readers
 import synthetic
 import tokenizer
+from errors import UserError
 
-PIECE = 8 << 20  # bytes of input that a worker holds at a time; a longer file of text is cut at line ends
-LONGEST_LINE = 64 << 20  # bytes; no line end is waited for beyond that
 SHARD = 16 << 20  # tokens, about
 STRETCH = 1 << 18  # characters encoded in one call: white space of a million characters overflows the regex's stack
 SAFE_CUT = re.compile(r"[A-Za-z0-9](?=[ \n])")  # no token spans the end of a word, so a cut there changes no id
-# what is taken from a folder; a file that is named, or matches a glob, is read whatever it is called
-SUFFIXES = set(
-    """.txt .md .rst .tex .org .adoc .py .pyi .pyx .ipynb .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .m .cs .java .kt .scala
-    .go .rs .swift .zig .d .nim .js .jsx .mjs .ts .tsx .vue .svelte .html .css .scss .less .php .rb .pl .pm .lua .r .jl
-    .hs .ml .mli .fs .ex .exs .erl .clj .el .lisp .scm .f .f90 .v .sv .vhd .asm .s .sh .bash .ps1 .sql .proto .cmake .mk
-    .toml .yaml .yml .jsonl .jsonl.gz .jsonl.xz .jsonl.zst .parquet""".split()  # noqa: SIM905
-)
 DEFAULT_VOCAB = 8192  # ids for the default corpus: what suits 15 M tokens and the small models they can train
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 BAR = {"unit": "B", "unit_scale": True, "disable": None}  # no bar where stderr is no terminal
-PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow", "hf:": "datasets"}  # optional, for such inputs only
-
-
-class Mistake(Exception):
-    """Something the person at the keyboard can put right: printed as one line, exit code 2."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# inputs -> units of work -> pieces
-
-
-def find_inputs(named):
-    """The files, or the hf: name, that one argument stands for, in a fixed order. Raises Mistake."""
-    path = Path(named).expanduser()
-    if is_hf(named):
-        inputs = [named]
-    elif path.is_dir():
-        files = (Path(top, file) for top, _, names in os.walk(path) for file in names)
-        inputs = [f for f in files if is_known(f) and not any(p.startswith(".") for p in f.relative_to(path).parts)]
-    else:
-        matches = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-        inputs = [f for f in matches if f.is_file()]
-    if not inputs:
-        raise Mistake(f"nothing to read in {named!r}: no such file, no match, or a folder without text or source files")
-    for mark, package in PACKAGES.items():
-        if any(str(f).startswith(mark) or str(f).endswith(mark) for f in inputs) and not find_spec(package):
-            raise Mistake(f"reading {named!r} takes one more package: pip install {package}")
-    return sorted(inputs)
-
-
-def is_known(path):
-    return path.suffix.lower() in SUFFIXES or "".join(path.suffixes[-2:]).lower() in SUFFIXES
-
-
-def is_hf(source):
-    return str(source).startswith("hf:")
-
-
-def is_stream(source):
-    """Whether an input can only be read front to back: then the main process reads it and deals out the pieces."""
-    return is_hf(source) or source.suffix in (".gz", ".xz", ".zst", ".parquet")
-
-
-def cut_into_units(inputs):
-    """
-    [("stream", input) | ("range", path, start, stop) | ("files", path, ...)] of at most PIECE bytes but for streams.
-    A unit's place in the list names its runs and decides which machine of --shard has it.
-    """
-    units, files = [], []
-    for source in inputs:
-        if is_stream(source):
-            units.append(("stream", source))
-        elif source.suffix == ".jsonl" or (size := source.stat().st_size) > PIECE:
-            units += [("range", source, at, at + PIECE) for at in range(0, source.stat().st_size, PIECE)]
-        else:
-            files.append((source, size))
-    while files:
-        group, room = [], PIECE
-        while files and files[-1][1] <= room:
-            room -= files[-1][1]
-            group.append(files.pop()[0])
-        units.append(("files", *group))
-    return units
-
-
-def bytes_on_disk(unit):
-    kind, source, *rest = unit
-    if kind == "files":
-        return sum(path.stat().st_size for path in unit[1:])
-    size = 0 if is_hf(source) else source.stat().st_size
-    return min(size, rest[1]) - rest[0] if kind == "range" else size
-
-
-def read_pieces(unit, field):
-    """
-    Yields (piece, its bytes on disk). A stream is read here, a ("lines", name, bytes) or ("texts", name, list) at a
-    time; other units are read by the worker. Raises Mistake.
-    """
-    kind, source = unit[:2]
-    if kind != "stream":
-        yield unit, bytes_on_disk(unit)
-    elif is_hf(source) or source.suffix == ".parquet":
-        texts, size = [], 0
-        for text in hf_rows(source, field) if is_hf(source) else parquet_rows(source, field):
-            texts.append(text)
-            size += len(text) if isinstance(text, str) else 0
-            if size >= PIECE:
-                yield ("texts", source, texts), size
-                texts, size = [], 0
-        yield ("texts", source, texts), size
-    else:
-        with open(source, "rb") as raw, decompress(raw, source.suffix) as f:
-            done = 0
-            try:
-                while lines := f.read(PIECE) + f.readline(LONGEST_LINE):
-                    yield ("lines", source, lines), raw.tell() - done
-                    done = raw.tell()
-            except (OSError, EOFError, lzma.LZMAError, zlib.error, RuntimeError) as e:
-                yield ("damaged", source, e), 0
-
-
-def decompress(raw, suffix):
-    if suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return gzip.open(raw) if suffix == ".gz" else lzma.open(raw)
-
-
-def parquet_rows(path, field):
-    from pyarrow import parquet
-
-    file = parquet.ParquetFile(path)
-    if field not in file.schema_arrow.names:
-        raise Mistake(f"{path} has no column {field!r}; --field is one of: {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(batch_size=256, columns=[field]):
-        yield from batch.column(0).to_pylist()
-
-
-def hf_rows(name, field):
-    from datasets import load_dataset
-
-    path, _, config = name.removeprefix("hf:").partition(":")
-    for row in load_dataset(path, config or None, split="train", streaming=True):
-        if field not in row:
-            raise Mistake(f"{name} has no column {field!r}; --field is one of: {', '.join(row)}")
-        yield row[field]
+# the names of all that is written here; `.tmp` is what a death left of a file
+SHARD_FILE = re.compile(r"(train|val)-\d{5,}\.bin")
+RUNS_FOLDER = re.compile(r"runs-[0-9a-f]{12}")
+RUNS_FILE = re.compile(
+    r"(\d{6,}-\d{6,}\.(ids|npy|json)|part-\d+-of-\d+(\.lock)?|shards\.lock|publish\.json|tokenizer\.json"
+    r"|(train|val)-\d{5,}\.(bin|shard))(\..+\.tmp)?"
+)
+CORPUS_FILE = re.compile(r"((text|code)\.jsonl|synthetic-(-?\d+)-\d{5,}(-first-\d+)?\.jsonl?)(\..+\.tmp)?")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # in the workers: a piece -> a run
 
 
-def start_worker(encoding, field, seed):
-    """Runs once in every worker process."""
+def set_up(encoding, field, seed):
+    """What write_run and write_shard work with, in the process that does."""
     global ENCODING, EOT, BYTES, FIELD, KEY
     ENCODING, EOT, BYTES = encoding, tokenizer.eot(encoding), tokenizer.byte_lengths(encoding)
     FIELD, KEY = field, str(seed).encode()
+
+
+def start_worker(*settings):
+    """Runs once in every worker process."""
+    set_up(*settings)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     parent = multiprocessing.parent_process()  # workers do not outlive a main process that was killed
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def read_documents(piece, report):
-    """Yields (name, bytes or str) for every document of a piece; report(problem, name) for what is none."""
-    kind, source, *rest = piece
-    if kind == "files":
-        for path in piece[1:]:
-            try:
-                yield path, path.read_bytes()
-            except OSError as e:
-                report(f"unreadable ({e.strerror})", path)
-    elif kind == "texts":
-        yield from ((f"{source}: {str(text)[:40]!r}", text) for text in rest[0])
-    elif kind == "damaged":
-        report(f"damaged, read up to there ({rest[0]})", source)
-    elif kind == "range" and source.suffix != ".jsonl":
-        report("huge, cut into parts", f"{source} from byte {rest[0]:,}")
-        yield source, read_range(source, *rest)
-    else:
-        for line in (rest[0] if kind == "lines" else read_range(source, *rest)).split(b"\n"):
-            try:
-                if line.strip():
-                    yield f"{source}: {line[:40]}", json.loads(line)[FIELD]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                report(f"not a JSON object with {FIELD!r}", f"{source}: {line[:40]}")
-
-
-def read_range(path, start, stop):
-    """The lines of a file that begin in [start, stop), so that ranges that tile the file tile its lines."""
-    with open(path, "rb") as f:
-        first, end = line_start(f, start), line_start(f, stop)
-        f.seek(first)
-        return f.read(end - first)
-
-
-def line_start(f, at):
-    """Where the first line from byte `at` on begins; in a line of more than LONGEST_LINE the next character."""
-    f.seek(max(at - 1, 0))
-    line = f.readline(LONGEST_LINE) if at else b""
-    if len(line) < LONGEST_LINE:
-        return at - 1 + len(line) if at else 0
-    return at + next(i for i in range(4) if line[1 + i] & 0xC0 != 0x80)
 
 
 def encode(text):
@@ -272,20 +104,12 @@ def write_run(piece, run):
     hashes, documents, n_bytes, problems = [], [], 0, {}
 
     def report(problem, name):
-        problems.setdefault(problem, []).append(str(name))
+        problems.setdefault(problem, []).append(readers.printable(name))
 
-    for name, document in read_documents(piece, report):
-        try:
-            text = document.decode("utf-8-sig") if isinstance(document, bytes) else document or ""
+    for name, value in readers.read_documents(piece, FIELD, report):
+        text = readers.text_of(value, name, FIELD, report)
+        if text is not None:
             data = text.encode()
-        except (UnicodeError, AttributeError):
-            report("not UTF-8 text", name)
-            continue
-        if not text.strip():
-            report("empty", name)
-        elif isinstance(document, bytes) and "\0" in text:
-            report("not UTF-8 text", name)  # a zero byte: a binary format, or UTF-16
-        else:
             hashes.append(hashlib.blake2b(data, digest_size=16, key=KEY).digest())
             documents.append(encode(text))
             n_bytes += len(data)
@@ -295,23 +119,9 @@ def write_run(piece, run):
     index = io.BytesIO()
     np.save(index, np.vstack([keys[:, order], ends]))
     counts = {"documents": len(documents), "bytes": n_bytes, "tokens": sum(map(len, documents)), "problems": problems}
-    write(run.with_suffix(".ids"), b"".join(documents[i].tobytes() for i in order))
-    write(run.with_suffix(".npy"), index.getvalue())
-    write(run.with_suffix(".json"), json.dumps(counts).encode())
-
-
-def write(path, data):
-    """Writes a file whole or not at all, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write(run.with_suffix(".ids"), b"".join(documents[i].tobytes() for i in order))
+    files.write(run.with_suffix(".npy"), index.getvalue())
+    files.write(run.with_suffix(".json"), json.dumps(counts).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,12 +155,15 @@ def tokens_before(index, document):
 
 def write_shard(runs, path, low, high, tail):
     """
-    Writes one shard and returns its entry for meta.json. `tail` is 0 where val takes whole documents, else the part of
-    every document, at its end, that is val and not train.
+    Writes one shard beside the runs, unless it was before, and returns its entry for meta.json; `path` is where it will
+    be published. `tail` is 0 where val takes whole documents, else the part of every document, at its end, that is val
+    and not train.
     """
     entry = runs / f"{path.stem}.shard"
     if entry.exists():
-        return json.loads(entry.read_text())
+        shard = json.loads(entry.read_text())
+        if is_whole(runs, shard) or is_whole(path.parent, shard):
+            return shard
     documents = merge_runs(runs, low, high)
     cuts = [int(len(ids) * (1 - tail)) for ids in documents] if tail else []
     if cuts and path.name.startswith("val"):
@@ -358,80 +171,270 @@ def write_shard(runs, path, low, high, tail):
     elif cuts:
         documents = [np.append(ids[:cut], np.uint16(EOT)) for ids, cut in zip(documents, cuts, strict=True) if cut]
     ids = np.concatenate([np.empty(0, "<u2"), *documents])
-    write(runs / path.name, ids.data)
-    (runs / path.name).replace(path)
+    files.write(runs / path.name, ids.data)
     shard = {"file": path.name, "tokens": len(ids), "documents": len(documents)}
     shard |= {"bytes": int(BYTES[ids].sum(dtype=np.int64)), "sha256": hashlib.sha256(ids.data).hexdigest()}
-    write(entry, json.dumps(shard).encode())
+    files.write(entry, json.dumps(shard).encode())
     return shard
+
+
+def is_whole(folder, shard):
+    """Whether a shard is there, by its size: to read all shards for their sha256 would take minutes at every start."""
+    path = folder / shard["file"]
+    return path.is_file() and path.stat().st_size == 2 * shard["tokens"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is in --out, and whose it is
+
+
+def read_meta(folder):
+    """A source's meta.json, None if there is none. UserError if it is not one that prepare.py wrote."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return None
+    try:
+        meta = files.read_json(path)
+        right = meta["format"] == 1 and "fingerprint" in meta and set(meta.get("files", [])) <= {"tokenizer.json"}
+        for shard in shards_of(meta):
+            right = right and bool(SHARD_FILE.fullmatch(shard["file"])) and shard["tokens"] >= 0
+    except (UserError, KeyError, TypeError):
+        right = False
+    if not right:
+        raise UserError(f"{path} is damaged or was not written by prepare.py; move {folder} away, or use another --out")
+    return meta
+
+
+def shards_of(meta):
+    return meta["train"]["shards"] + meta["val"]["shards"]
+
+
+def files_of(meta):
+    """Names of all that stands beside a meta.json."""
+    return [shard["file"] for shard in shards_of(meta)] + meta.get("files", [])
+
+
+def prepared(folder, fingerprint):
+    """The meta.json of a source for which nothing is left to do, else None."""
+    meta = read_meta(folder)
+    if meta and meta["fingerprint"] == fingerprint and all(is_whole(folder, shard) for shard in shards_of(meta)):
+        return meta
+    return None
+
+
+def check_replaceable(folder, fingerprint, fresh):
+    """UserError if a folder holds another preparation, and `fresh` does not say to replace it, or what is not ours."""
+    meta = read_meta(folder)
+    if meta and meta["fingerprint"] != fingerprint and not fresh:
+        raise UserError(f"{folder} was prepared from other inputs or settings; --fresh replaces it, --out=... keeps it")
+    check_folder(folder)
+
+
+def check_folder(folder):
+    """UserError if a source's folder holds anything that is not known, by name and record, to be prepare.py's."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is no folder; use another --out or another name for the source")
+    if names := strangers(folder):
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        raise UserError(
+            f"{folder} holds {readers.printable(names[0])}{more}, which prepare.py did not write; use another --out or"
+            " another name for the source"
+        )
+
+
+def strangers(folder):
+    """Names of what prepare.py did not write in a source's folder. Hidden files are nobody's concern."""
+    if not folder.is_dir():
+        return []
+    meta = read_meta(folder)
+    known = {"meta.json", *files_of(meta)} if meta else set()
+    for runs in runs_in(folder):
+        known.add(runs.name)
+        known |= {entry.with_suffix(".bin").name for entry in runs.glob("*.shard")}
+        if (record := runs / "publish.json").exists():
+            known |= {*files.read_json(record)["files"], *files.read_json(record)["replaces"]}
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    return sorted(name for name in names - known if not re.fullmatch(r"meta\.json\..+\.tmp", name))
+
+
+def runs_in(folder):
+    """The folders of runs in a source's folder that hold nothing but what is written there."""
+    for runs in sorted(folder.glob("runs-*")):
+        named = RUNS_FOLDER.fullmatch(runs.name) and runs.is_dir() and not runs.is_symlink()
+        if named and all(RUNS_FILE.fullmatch(name) for name in os.listdir(runs)):
+            yield runs
+
+
+def remove_runs(folder, name="runs-*"):
+    """Remove runs that are of no more use, but for those that somebody works on."""
+    for runs in runs_in(folder):
+        if runs.match(name) and not any(is_locked(lock) for lock in runs.glob("part-*.lock")):
+            shutil.rmtree(runs)
+
+
+def is_locked(path):
+    with open(path) as file:
+        return files.lock(file) is False
+
+
+def check_corpus(out, sources):
+    """UserError if the default or the synthetic corpus would be written among somebody's files. `sources`: names."""
+    folder = out / "corpus"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name] * folder.exists()
+    others = [name for name in names if name[0] != "." and not CORPUS_FILE.fullmatch(name)]
+    if others:
+        other = readers.printable(min(others))
+        raise UserError(f"{folder} holds {other}, which prepare.py did not write; use another --out")
+    if "corpus" in sources:
+        raise UserError(f"{folder} is where what is collected goes; give the source another name than corpus")
+
+
+def check_default(out):
+    """UserError if a folder holds anything that prepare.py did not write: it is not filled with the default corpus."""
+    out = Path(out)
+    if os.path.lexists(out) and not out.is_dir():
+        raise UserError(f"{out} is no folder; use another --out")
+    for path in sorted(out.iterdir()) if out.is_dir() else []:
+        if path.name[0] == "." or path.name == "corpus":
+            continue
+        others = [path / name for name in strangers(path)] if path.is_dir() else [path]
+        if others:
+            raise UserError(
+                f"{readers.printable(others[0])} is in the way: the default corpus takes a folder of its own,"
+                " --out=FOLDER; to prepare files of your own, name them: text=FILES"
+            )
+    check_corpus(out, [])
+
+
+def check_apart(folder, sources):
+    """UserError if a source's output folder is, contains or lies in what is read. `sources`: {name: Found}."""
+    here = folder.resolve()
+    above = {readers.identity(path) for path in (here, *here.parents) if path.exists()}
+    for found in sources.values():
+        if above & found.folders:
+            raise UserError(f"{folder}, where the output goes, is or lies in a folder that is read; use another --out")
+        if here.exists():
+            tops = {file.path.resolve().parent for file in found.inputs if file.format != "hf"}
+            if any(here == top or here in top.parents for top in tops):
+                raise UserError(f"{folder}, where the output goes, holds files that are read; use another --out")
+
+
+@contextlib.contextmanager
+def at_work(folder, runs, part):
+    """Holds the lock of one machine's part of the runs. UserError if another process has it, or works in this folder
+    with other settings. A mistake leaves no folder that was not there before."""
+    absent = [path for path in (folder, folder.parent) if not path.exists()]
+    runs.mkdir(parents=True, exist_ok=True)
+    busy = UserError(f"another prepare.py is at work in {folder}; wait for it, or use another --out")
+    with open(runs / f"{part}.lock", "w") as file:
+        if files.lock(file) is False:
+            raise busy
+        try:
+            if any(is_locked(lock) for lock in folder.glob("runs-*/part-*.lock") if lock.parent != runs):
+                raise busy
+            yield
+        except UserError:
+            if runs.exists() and all(name.endswith(".lock") for name in os.listdir(runs)):
+                shutil.rmtree(runs)
+            with contextlib.suppress(OSError):  # not empty
+                for path in absent:
+                    path.rmdir()
+            raise
+
+
+def publish(folder, runs, meta, fresh):
+    """
+    Put complete shards, and then their meta.json, in the place of what was prepared before. Without a meta.json nobody
+    reads shards, so it goes first and comes last; after a death in between, this is done again.
+    """
+    record = runs / "publish.json"
+    if not record.exists():
+        check_replaceable(folder, meta["fingerprint"], fresh)  # others may have been here meanwhile
+        old = read_meta(folder)
+        files.write_json(record, {"files": files_of(meta), "replaces": files_of(old) if old else []})
+    replaces = files.read_json(record)["replaces"]
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name in files_of(meta):
+        if (runs / name).exists():
+            (runs / name).replace(folder / name)
+    for name in {*replaces} - {*files_of(meta)}:
+        (folder / name).unlink(missing_ok=True)
+    files.sync(folder)
+    files.write(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # one source
 
 
-def prepare_source(name, inputs, encoding, pool, args):
+def fingerprint_of(found, settings):
+    """sha256 of all that decides a source's shards: names, sizes and times of the files it is made from, and settings.
+    A rerun looks at these, not at what the files hold."""
+    inputs = []
+    for file in found.inputs:
+        if file.format == "hf":
+            inputs.append([file.path])
+        else:
+            how = [] if readers.reads_as_before(file) else [file.format]
+            inputs.append([str(file.path.resolve()), file.size, file.modified, *how])
+    return hashlib.sha256(json.dumps([1, inputs, settings, readers.PIECE, SHARD]).encode()).hexdigest()
+
+
+def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
     """Prepares a source, or goes on with it. Returns its meta.json; None while other machines are to finish it."""
     folder = args.out / name
-    files = [[str(f)] if is_hf(f) else [str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in inputs]
-    settings = {"seed": args.seed, "val": args.val, "field": args.field, "tokenizer": tokenizer.digest(encoding)}
-    fingerprint = hashlib.sha256(json.dumps([1, files, settings, PIECE, SHARD]).encode()).hexdigest()
-    if args.fresh and folder.exists():
-        shutil.rmtree(folder)
-    if meta := read_meta(folder):
-        if meta.get("fingerprint") != fingerprint:
-            raise Mistake(
-                f"{folder} was prepared from other inputs or settings; --fresh replaces it, --out=... keeps it"
-            )
-        print(f"{name}: {folder} is already prepared, nothing to do")
-        return meta
     runs = folder / f"runs-{fingerprint[:12]}"
-    write_runs(name, cut_into_units(inputs), runs, pool, args)
-    missing = [k for k in range(args.shard[1]) if not (runs / f"part-{k}-of-{args.shard[1]}").exists()]
-    if missing:
-        print(f"{name}: done here; the machine that finds all parts in {runs} writes the shards, {missing} are missing")
-        return None
-    read = count_runs(runs)
-    if not read["documents"]:
-        shutil.rmtree(runs)
-        with contextlib.suppress(OSError):  # no trace, unless there was something before
-            folder.rmdir()
-            args.out.rmdir()
-        raise Mistake(f"{name}: no documents in it; {'; '.join(describe(read['problems']))}")
-    plan, tail = plan_shards(runs, args.val, read["tokens"])
-    jobs = [pool.submit(write_shard, runs, folder / file, low, high, tail) for file, low, high in plan]
-    shards = [job.result() for job in jobs]
-    about = {"name": args.tokenizer, "vocab_size": encoding.n_vocab, "sha256": settings["tokenizer"]}
-    meta = {"format": 1, "tokenizer": about | {"eot": tokenizer.eot(encoding)}}
-    meta |= {split: total([s for s in shards if s["file"].startswith(split)]) for split in ("train", "val")}
-    unique = meta["val"]["documents"] + (0 if tail else meta["train"]["documents"])
-    meta |= {"duplicates": read["documents"] - unique, "val_is": "the end of every document" if tail else "by hash"}
-    meta |= {"read": read, "inputs": len(inputs), "settings": settings, "fingerprint": fingerprint}
-    write(folder / "meta.json", json.dumps(meta, indent=1).encode())
-    for old in folder.glob("runs-*"):
-        shutil.rmtree(old)
+    machine, machines = args.shard
+    with at_work(folder, runs, f"part-{machine}-of-{machines}"):
+        write_runs(name, readers.cut_into_units(found.inputs), runs, pool, args)
+        missing = [k for k in range(machines) if not (runs / f"part-{k}-of-{machines}").exists()]
+        if missing:
+            who = f"the machine that finds all parts in {runs} writes the shards"
+            print(f"{name}: done here; {who}, {missing} are missing")
+            return None
+
+        # one machine writes the shards; another that came here at the same time finds them written
+        with open(runs / "shards.lock", "w") as lock:
+            files.lock(lock, wait=True)
+            if not runs.exists():
+                return read_meta(folder)
+            read = count_runs(runs, found)
+            if not read["documents"]:
+                shutil.rmtree(runs)
+                raise UserError("; ".join([f"{name}: no documents in it", *describe(read)]))
+            plan, tail = plan_shards(runs, args.val, read["tokens"])
+            jobs = [pool.submit(write_shard, runs, folder / file, low, high, tail) for file, low, high in plan]
+            shards = [job.result() for job in jobs]
+
+            meta = {"format": 1, "tokenizer": about_tokenizer(encoding, args.tokenizer)}
+            meta |= {split: total([s for s in shards if s["file"].startswith(split)]) for split in ("train", "val")}
+            unique = meta["val"]["documents"] + (0 if tail else meta["train"]["documents"])
+            meta |= {"duplicates": read["documents"] - unique}
+            meta |= {"val_is": "the end of every document" if tail else "by hash"}
+            meta |= {"read": read, "inputs": len(found.inputs), "settings": settings, "fingerprint": fingerprint}
+            if isinstance(encoding, tokenizer.FileEncoding):  # the file may be moved or changed, the shards stay
+                files.write(runs / "tokenizer.json", encoding._pat_str.encode())
+                meta |= {"files": ["tokenizer.json"]}
+            publish(folder, runs, meta, args.fresh)
+            shutil.rmtree(runs)
+    remove_runs(folder)
     return meta
 
 
-def read_meta(folder):
-    """A source's meta.json; None if it is unfinished or its shards are not all there."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        shards = meta["train"]["shards"] + meta["val"]["shards"]
-        return meta if all((folder / s["file"]).stat().st_size == 2 * s["tokens"] for s in shards) else None
-    except (OSError, ValueError, KeyError):
-        return None
+def about_tokenizer(encoding, name):
+    about = {"name": name, "vocab_size": encoding.n_vocab, "sha256": tokenizer.digest(encoding)}
+    return about | {"eot": tokenizer.eot(encoding)}
 
 
 def write_runs(name, units, runs, pool, args):
     """Has every piece of this machine's units encoded that is not there yet, under a bar over the bytes on disk."""
     machine, machines = args.shard
     mine = range(machine, len(units), machines)
-    known = not any(is_hf(units[u][1]) or units[u][1].suffix == ".parquet" for u in mine)  # those count bytes of text
+    known = not any(units[u][1].format in ("hf", "parquet") for u in mine)  # those count bytes of text
     pending = deque()  # few at a time: pieces of a stream must not pile up in memory
-    with tqdm(total=sum(bytes_on_disk(units[u]) for u in mine) if known else None, **BAR, desc=name) as bar:
+    with tqdm(total=sum(readers.bytes_on_disk(units[u]) for u in mine) if known else None, **BAR, desc=name) as bar:
         for u in mine:
-            for k, (piece, size) in enumerate(read_pieces(units[u], args.field)):
+            for k, (piece, size) in enumerate(readers.read_pieces(units[u], args.field)):
                 run = runs / f"{u:06d}-{k:06d}.json"
                 if not run.exists():
                     pending.append((pool.submit(write_run, piece, run), size))
@@ -439,7 +442,7 @@ def write_runs(name, units, runs, pool, args):
                     finish(pending, bar)
         while pending:
             finish(pending, bar)
-    write(runs / f"part-{machine}-of-{machines}", b"")
+    files.write(runs / f"part-{machine}-of-{machines}", b"")
 
 
 def finish(pending, bar):
@@ -448,10 +451,10 @@ def finish(pending, bar):
     bar.update(size)
 
 
-def count_runs(runs):
-    """Documents, bytes and tokens in all runs, and of each problem how many and the first names."""
-    counts = {"documents": 0, "bytes": 0, "tokens": 0, "problems": {}}
-    for path in sorted(runs.glob("*.json")):
+def count_runs(runs, found):
+    """Documents, bytes and tokens in all runs, and of each problem, `found` ones too, how many and the first names."""
+    counts = {"documents": 0, "bytes": 0, "tokens": 0, "problems": readers.counted(found.problems)}
+    for path in sorted(runs.glob("*-*.json")):
         run = json.loads(path.read_text())
         for key in ("documents", "bytes", "tokens"):
             counts[key] += run[key]
@@ -459,12 +462,13 @@ def count_runs(runs):
             known = counts["problems"].setdefault(problem, {"count": 0, "first": []})
             known["count"] += len(names)
             known["first"] = (known["first"] + names)[:10]
-    return counts
+    return counts | {"left_out": dict(found.left_out)}
 
 
-def describe(problems):
-    for problem, found in sorted(problems.items()):
-        yield f"{found['count']} {problem}: {', '.join(found['first'])}{', ...' if found['count'] > 10 else ''}"
+def describe(read):
+    """Lines on what was read and left out."""
+    yield from readers.describe(read["problems"])
+    yield from readers.describe_left_out(read.get("left_out", {}))
 
 
 def plan_shards(runs, val, tokens):
@@ -503,7 +507,7 @@ def print_table(metas):
     for name, meta in metas.items():
         if meta["val_is"] != "by hash":
             print(f"{name}: its documents are too few or too long to hold some out, so val is {meta['val_is']}")
-        for line in describe(meta["read"]["problems"]):
+        for line in describe(meta["read"]):
             print(f"{name}: {line}")
 
 
@@ -520,53 +524,76 @@ def prepare_default(out="data", vocab_size=DEFAULT_VOCAB):
 
 
 def collect_default(folder, pool):
-    """{source: [.jsonl file]} of the default corpus, collected once and then kept in `folder`, where it can be read."""
-    sources = {name: [folder / f"{name}.jsonl"] for name in ("text", "code")}
-    if not all(path.exists() for [path] in sources.values()):
+    """{source: Found} of the default corpus, collected once and then kept in `folder`, where it can be read."""
+    paths = [folder / f"{name}.jsonl" for name in ("text", "code")]
+    if not all(path.exists() for path in paths):
         print(f"collecting the default corpus from {sys.prefix} into {folder}")
         for name, documents in corpus.collect(pool).items():
-            write(folder / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents).encode())
-    return sources
+            write_rows(folder / f"{name}.jsonl", documents)
+    return {path.stem: found_files([path]) for path in paths}
 
 
 def collect_synthetic(folder, seed, problems):
     """[.jsonl file, ...] of verified programs, made once and then kept in `folder`, and says what was left out."""
     if sys.platform != "linux":
-        raise Mistake("synthetic programs are run before they are kept, which needs Linux")
+        raise UserError("synthetic programs are run before they are kept, which needs Linux")
     paths, fates = [], Counter()
     for chunk in tqdm(range(-(-problems // synthetic.CHUNK)), desc="synthetic", disable=None):
-        paths.append(folder / f"synthetic-{seed}-{chunk:05}.jsonl")
+        size = min(synthetic.CHUNK, problems - chunk * synthetic.CHUNK)
+        part = "" if size == synthetic.CHUNK else f"-first-{size}"
+        paths.append(folder / f"synthetic-{seed}-{chunk:05}{part}.jsonl")
         counts = paths[-1].with_suffix(".json")  # written last
         if not counts.exists():
-            kept, of_these = synthetic.programs(seed, chunk)
-            write(paths[-1], "".join(json.dumps({"text": program}) + "\n" for program in kept).encode())
-            write(counts, json.dumps(of_these).encode())
+            kept, of_these = synthetic.programs(seed, chunk, size)
+            write_rows(paths[-1], kept)
+            files.write(counts, json.dumps(of_these).encode())
         fates += json.loads(counts.read_text())
     total, kept = sum(fates.values()), fates.pop("kept", 0)
     out = ", ".join(f"{count:,} {fate}" for fate, count in sorted(fates.items()) if count)
-    print(f"synthetic: {kept:,} of {total:,} problems kept, {100 * (1 - kept / total):.2f}% rejected: {out}")
+    print(f"synthetic: {kept:,} of {total:,} problems kept, {100 * (1 - kept / total):.2f}% rejected: {out or 'none'}")
     return paths
 
 
+def write_rows(path, documents):
+    files.write(path, "".join(json.dumps({"text": text}) + "\n" for text in documents).encode())
+
+
+def found_files(paths):
+    found = readers.Found()
+    for path in paths:
+        readers.look_at(path, found)
+    return found
+
+
 def parse_sources(words):
-    """{name: [input, ...]} from NAME=INPUT,INPUT INPUT ... Raises Mistake."""
+    """{name: [word for an input, ...]} from NAME=INPUT,INPUT INPUT ... Raises UserError."""
     sources, name = {}, None
     for word in words:
-        found = re.fullmatch(r"([\w.-]+)=(.+)", word)
-        if not found and not name:
-            raise Mistake(f"{word!r} has no name: text={word} prepares it as the source 'text'")
-        name, named = found.groups() if found else (name, word)
-        sources.setdefault(name, []).extend(source for one in named.split(",") for source in find_inputs(one))
+        before, sign, after = word.partition("=")
+        if name and (not sign or os.path.lexists(os.path.expanduser(word))):  # a folder may be called lang=en
+            sources[name].append(word)
+        elif not sign:
+            raise UserError(f"{word!r} has no name: text={word} prepares it as the source 'text'")
+        elif name and "/" in before:
+            sources[name].append(word)
+        elif not re.fullmatch(r"[\w.-]+", before) or not before.strip("."):
+            raise UserError(
+                f"{before!r} cannot be the name of a source, which becomes a folder: letters, digits, _, - and ."
+            )
+        elif not after.strip(","):
+            raise UserError(f"{word!r} names nothing to read: {before}=FILES")
+        else:
+            name = before
+            sources.setdefault(name, []).append(after)
     return sources
 
 
-def parse_arguments():
-    about = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **about)
-    parser.error = fail
+def parse_arguments(argv):
+    parser = errors.Parser(__doc__)
     parser.add_argument("sources", nargs="*", metavar="NAME=INPUT,...", help="folder, file, glob or hf:NAME[:config]")
-    parser.add_argument("--out", default="data", type=Path, help="folder to write to (data)")
-    parser.add_argument("--tokenizer", default="nanocrystal", help="nanocrystal, or a tiktoken encoding such as gpt2")
+    parser.add_argument("--out", default="data", type=errors.path, help="folder to write to (data)")
+    tokenizers = "nanocrystal, a tiktoken encoding such as gpt2, or a tokenizer.json"
+    parser.add_argument("--tokenizer", default="nanocrystal", type=os.path.expanduser, help=tokenizers)
     parser.add_argument("--vocab_size", type=int, help="ids of nanocrystal (32,064; 8,192 for the default corpus)")
     parser.add_argument("--val", type=float, help="fraction held out (0.01; 0.03 of the default corpus)")
     parser.add_argument("--field", default="text", help="where .jsonl, .parquet and hf: hold the document (text)")
@@ -574,8 +601,8 @@ def parse_arguments():
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="this is machine I of N, from 0 (0/1)")
     parser.add_argument("--workers", default=CORES, type=int, help="processes (one per core)")
     parser.add_argument("--seed", default=0, type=int, help="of the shuffle and the split (0)")
-    parser.add_argument("--fresh", action="store_true", help="replace what was prepared before")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--fresh", action="store_true", help="replace what was prepared, when the new is complete")
+    args = parser.parse_intermixed_args(argv)
     if not args.sources and args.tokenizer == "nanocrystal" and args.vocab_size is None:
         args.vocab_size = DEFAULT_VOCAB
     if args.val is None:
@@ -583,45 +610,112 @@ def parse_arguments():
     machine = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     args.shard = tuple(map(int, machine.groups())) if machine else (0, 0)
     if args.shard[0] >= args.shard[1]:
-        fail("--shard is I/N with I from 0 to N-1, such as --shard=0/4")
+        raise UserError("--shard is I/N with I from 0 to N-1, such as --shard=0/4")
     if not 0 <= args.val < 1:
-        fail(f"--val={args.val} is no fraction; 0.01 holds out one token in a hundred")
+        raise UserError(f"--val={args.val} is no fraction; 0.01 holds out one token in a hundred")
     if args.workers < 1 or args.problems < 1:
-        fail("--workers and --problems are at least 1")
+        raise UserError("--workers and --problems are at least 1")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError("--seed is a number of 64 bits")
     return args
 
 
-def fail(message, code=2):
-    """Ends the program at once, workers included: whatever they write is whole or absent."""
-    os.write(2, f"prepare.py: {message}\n".encode())  # unlike print, also from a signal's handler
+class Here(Executor):
+    """For --workers=1: what is submitted is done at once, in this process."""
+
+    def submit(self, function, *rest):
+        future = Future()
+        future.set_result(function(*rest))
+        return future
+
+
+@contextlib.contextmanager
+def start_pool(workers, *settings):
+    """An executor that has `workers` processes."""
+    if workers == 1:
+        set_up(*settings)
+        yield Here()
+        return
+    start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, start, start_worker, settings)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def stop(*_):
+    """On Ctrl-C: end at once, workers included. Whatever they write is whole or absent, and what is done stays."""
+    os.write(2, b"prepare.py: stopped; the same command goes on from here\n")  # unlike print, also from a handler
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(code)
+    os._exit(130)
 
 
-def main():
-    args, began = parse_arguments(), time.time()
-    tqdm.monitor_interval = 0  # its thread would be there when the workers are forked
-    # a KeyboardInterrupt is lost if Python happens to be in a callback
-    signal.signal(signal.SIGINT, lambda *_: fail("stopped; the same command goes on from here", code=130))
+@contextlib.contextmanager
+def interruptible():
+    """Ctrl-C stops: a KeyboardInterrupt is lost if Python happens to be in a callback."""
+    before = signal.signal(signal.SIGINT, stop)
     try:
-        encoding = tokenizer.load(args.tokenizer, args.vocab_size)
-        sources = parse_sources([word for word in args.sources if word != "synthetic"])
-        start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        pool = ProcessPoolExecutor(args.workers, start, start_worker, (encoding, args.field, args.seed))
-        if "synthetic" in args.sources:
-            sources["synthetic"] = collect_synthetic(args.out / "corpus", args.seed, args.problems)
-        sources = sources or collect_default(args.out / "corpus", pool)
-        metas = {name: prepare_source(name, inputs, encoding, pool, args) for name, inputs in sources.items()}
-        pool.shutdown()
-    except (Mistake, tokenizer.TokenizerError, OSError) as e:
-        fail(e)
-    except Exception:
-        traceback.print_exc()
-        fail("an error of its own, see above", code=1)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@errors.command
+def main(argv):
+    began = time.time()
+    args = parse_arguments(argv)
+    tqdm.monitor_interval = 0  # its thread would be there when the workers are forked
+    encoding = tokenizer.load(args.tokenizer, args.vocab_size)
+    try:
+        with interruptible(), start_pool(args.workers, encoding, args.field, args.seed) as pool:
+            metas = prepare_all(args, encoding, pool)
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker was killed, for want of memory perhaps; the same command goes on, with fewer --workers in less"
+        ) from None
     print_table({name: meta for name, meta in metas.items() if meta})
     print(f"{time.time() - began:.1f} s")
 
 
+def prepare_all(args, encoding, pool):
+    """{source: its meta.json}. Whatever can be a mistake is looked at in all sources before anything is written."""
+    words = parse_sources([word for word in args.sources if word != "synthetic"])
+    collected = {"synthetic"} if "synthetic" in args.sources else set() if words else {"text", "code"}
+    if words.keys() & collected:
+        raise UserError("the source synthetic is made here; give your own another name")
+    sources = {name: readers.find(inputs) for name, inputs in words.items()}
+    for name in sources:
+        check_apart(args.out / name, sources)
+    if not args.sources:
+        check_default(args.out)
+    if collected:
+        check_corpus(args.out, sources)
+    for name in collected:
+        check_folder(args.out / name)
+
+    # what is made here
+    if "synthetic" in collected:
+        sources["synthetic"] = found_files(collect_synthetic(args.out / "corpus", args.seed, args.problems))
+    elif collected:
+        sources = collect_default(args.out / "corpus", pool)
+
+    settings = {"seed": args.seed, "val": args.val, "field": args.field, "tokenizer": tokenizer.digest(encoding)}
+    fingerprints = {name: fingerprint_of(found, settings) for name, found in sources.items()}
+    metas = {}
+    for name, fingerprint in fingerprints.items():
+        metas[name] = None if args.fresh else prepared(args.out / name, fingerprint)
+        if not metas[name]:
+            check_replaceable(args.out / name, fingerprint, args.fresh)
+    for name, found in sources.items():
+        if metas[name]:
+            print(f"{name}: {args.out / name} is already prepared, nothing to do")
+            remove_runs(args.out / name, f"runs-{fingerprints[name][:12]}")  # a death may have left them
+        else:
+            metas[name] = prepare_source(name, found, fingerprints[name], settings, encoding, pool, args)
+    return metas
+
+
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -194,10 +194,12 @@ def an_input(kind, dice):
     return words if kind == "words" else " ".join(words)
 
 
-def programs(seed, chunk):
-    """The programs that passed of CHUNK problems, in a fixed order, and what became of all: Counter of "kept",
-    "no answer" (the form that computes what is expected raised), "again" (as one before) and sandbox.py's verdicts."""
-    made = [problem(seed, number) for number in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+def programs(seed, chunk, size=None):
+    """The programs that passed of CHUNK problems, or of the first `size` of them, in a fixed order, and what became of
+    all: Counter of "kept", "no answer" (the form that computes what is expected raised), "again" (as one before) and
+    sandbox.py's verdicts."""
+    numbers = range(chunk * CHUNK, (chunk + 1) * CHUNK)[:size]
+    made = [problem(seed, number) for number in numbers]
     new = [program for program in dict.fromkeys(made) if program]
     verdicts = sandbox.run(new)
     fates = Counter({"no answer": made.count(None), "again": len(made) - made.count(None) - len(new)})

@@ -4,6 +4,8 @@ import ast
 import builtins
 import gzip
 import hashlib
+import importlib.util
+import io
 import json
 import lzma
 import os
@@ -13,8 +15,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ import tiktoken
 
 import corpus
 import prepare
+import readers
 import synthetic
 import tokenizer
 
@@ -59,12 +64,19 @@ def naive_bpe(text, encoding, n_ranks):
 
 def command(*words, piece=8 << 20, before=""):
     """`python prepare.py *words`, with pieces of `piece` bytes; `before` is run first in the same process."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; prepare.PIECE = {piece}\n{before}\n"
-    return [sys.executable, "-c", code + "prepare.main()", *words]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import errors, prepare; prepare.readers.PIECE = {piece}\n"
+    return [sys.executable, "-c", f"{code}{before}\nerrors.run(prepare.main)", *words]
 
 
 def run_prepare(*words, cwd, **patches):
-    return subprocess.run(command(*words, **patches), cwd=cwd, capture_output=True, text=True, timeout=120)
+    """prepare.main in this process, with names of readers.py and prepare.py patched -> what subprocess.run gives."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        for name, value in patches.items():
+            patch.setattr(readers if hasattr(readers, name) else prepare, name, value)
+        code = prepare.main([*map(str, words), "--workers=1"])
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def shards(folder, split="*"):
@@ -185,11 +197,11 @@ def test_any_number_of_workers_and_machines_writes_the_same_bytes(tmp_path, docu
         f.writelines(json.dumps({"text": text}) + "\n" for text in documents[250:])
     words = ["s=a.jsonl,b.jsonl.xz", "--val=0.1"]
     for workers in (1, 4):
-        result = run_prepare(*words, f"--workers={workers}", f"--out=w{workers}", cwd=tmp_path, piece=20_000)
-        assert result.returncode == 0, result.stderr
+        line = command(*words, f"--workers={workers}", f"--out=w{workers}", piece=20_000)
+        assert subprocess.run(line, cwd=tmp_path, timeout=120).returncode == 0
     for k in (2, 0, 1):
         assert not shards(tmp_path / "m/s")
-        assert run_prepare(*words, f"--shard={k}/3", "--out=m", cwd=tmp_path, piece=20_000).returncode == 0
+        assert run_prepare(*words, f"--shard={k}/3", "--out=m", cwd=tmp_path, PIECE=20_000).returncode == 0
     one = shards(tmp_path / "w1/s")
     assert one and one == shards(tmp_path / "w4/s") == shards(tmp_path / "m/s")
     assert sorted(read_back(tmp_path / "w1/s")) == sorted(documents)
@@ -200,8 +212,7 @@ def test_any_number_of_workers_and_machines_writes_the_same_bytes(tmp_path, docu
 
 def test_meta_json_describes_the_shards(tmp_path, documents):
     write_jsonl(tmp_path / "a.jsonl", documents)
-    shard = "prepare.SHARD = 30_000"
-    assert run_prepare("s=a.jsonl", "--val=0.1", cwd=tmp_path, piece=50_000, before=shard).returncode == 0
+    assert run_prepare("s=a.jsonl", "--val=0.1", cwd=tmp_path, PIECE=50_000, SHARD=30_000).returncode == 0
     meta = json.loads((tmp_path / "data/s/meta.json").read_text())
     encoding = tokenizer.load()
     assert meta["tokenizer"] == {
@@ -225,8 +236,8 @@ def test_meta_json_describes_the_shards(tmp_path, documents):
 def test_killed_and_run_again_it_keeps_what_was_done_and_ends_in_the_same_bytes(tmp_path, documents, death):
     write_jsonl(tmp_path / "a.jsonl", documents)
     words = ["s=a.jsonl", "--val=0.1", "--workers=2"]
-    assert run_prepare(*words, "--out=whole", cwd=tmp_path, piece=5_000).returncode == 0
-    slow = "write = prepare.write\nprepare.write = lambda *a: (prepare.time.sleep(0.02), write(*a))"
+    assert run_prepare(*words, "--out=whole", cwd=tmp_path, PIECE=5_000).returncode == 0
+    slow = "write = prepare.files.write\nprepare.files.write = lambda *a: (prepare.time.sleep(0.02), write(*a))"
     torn = command(*words, "--out=torn", piece=5_000, before=slow)
     process = subprocess.Popen(torn, cwd=tmp_path, stderr=subprocess.DEVNULL)
     runs = lambda: list((tmp_path / "torn").glob("s/runs-*/*.json"))
@@ -239,17 +250,17 @@ def test_killed_and_run_again_it_keeps_what_was_done_and_ends_in_the_same_bytes(
     assert process.wait(timeout=20) == (-signal.SIGKILL if death == signal.SIGKILL else 130)
     kept = len(runs())
     assert kept >= 20 and not list((tmp_path / "torn").glob("s/*.bin"))
-    count = "n, finish = [], prepare.finish\nprepare.finish = lambda *a: (n.append(1), finish(*a))\n"
-    count += "import atexit; atexit.register(lambda: print('encoded', len(n)))"
-    result = run_prepare(*words, "--out=torn", cwd=tmp_path, piece=5_000, before=count)
+    encoded, finish = [], prepare.finish
+    count = lambda *a: (encoded.append(1), finish(*a))
+    result = run_prepare(*words, "--out=torn", cwd=tmp_path, PIECE=5_000, finish=count)
     assert result.returncode == 0, result.stderr
     pieces = -(-(tmp_path / "a.jsonl").stat().st_size // 5_000)
-    assert kept <= pieces - int(result.stdout.split()[-1]) <= kept + 4
+    assert kept <= pieces - len(encoded) <= kept + 4
     assert shards(tmp_path / "torn/s") == shards(tmp_path / "whole/s")
     assert sorted(p.name.split("-")[0] for p in (tmp_path / "torn/s").iterdir()) == ["meta.json", "train", "val"]
     for pid in workers:
         assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
-    again = run_prepare(*words, "--out=torn", cwd=tmp_path, piece=5_000)
+    again = run_prepare(*words, "--out=torn", cwd=tmp_path, PIECE=5_000)
     assert again.returncode == 0 and "nothing to do" in again.stdout
 
 
@@ -266,7 +277,7 @@ def test_equal_documents_are_kept_once_wherever_they_lie(tmp_path, documents):
     write_jsonl(tmp_path / "in/a.jsonl", documents + twice)
     write_jsonl(tmp_path / "in/b.jsonl", twice)
     (tmp_path / "in/c.txt").write_bytes(documents[0].encode())
-    assert run_prepare("s=in", "--val=0.2", cwd=tmp_path, piece=10_000).returncode == 0
+    assert run_prepare("s=in", "--val=0.2", cwd=tmp_path, PIECE=10_000).returncode == 0
     train, val = (read_back(tmp_path / "data/s", split) for split in ("train", "val"))
     assert sorted(train + val) == sorted(documents) and not set(train) & set(val)
     assert json.loads((tmp_path / "data/s/meta.json").read_text())["duplicates"] == 401
@@ -285,10 +296,10 @@ def test_what_is_no_document_is_counted_and_named(tmp_path):
         f.write(b"".join(json.dumps({"text": os.urandom(99).hex()}).encode() + b"\n" for _ in range(400)))
     data = (tmp_path / "in/cut.jsonl.gz").read_bytes()
     (tmp_path / "in/cut.jsonl.gz").write_bytes(data[: len(data) // 2])
-    result = run_prepare("s=in", "--val=0", cwd=tmp_path, piece=10_000)
+    result = run_prepare("s=in", "--val=0", cwd=tmp_path, PIECE=10_000)
     assert result.returncode == 0, result.stderr
     assert {"good text\r\n", "marked", "row"} <= set(read_back(tmp_path / "data/s"))
-    for line in ("1 empty: ", "4 not UTF-8 text: ", "2 not a JSON object with 'text': ", "1 damaged"):
+    for line in ("1 empty: ", "3 not UTF-8 text: ", "2 not a JSON object with 'text': ", "1 no string in", "1 damaged"):
         assert line in result.stdout, line
     for name in ("empty.txt", "latin.txt", "image.txt", "rows.jsonl", "cut.jsonl.gz"):
         assert name in result.stdout, name
@@ -297,8 +308,7 @@ def test_what_is_no_document_is_counted_and_named(tmp_path):
 def test_huge_documents_are_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     text = "".join(f"line {i} of a long book\n" for i in range(5000)) + "".join(f"é{i}木" for i in range(10_000))
     (tmp_path / "a.txt").write_text(text)
-    before = "prepare.LONGEST_LINE = 3_000"
-    result = run_prepare("s=a.txt", "--val=0", cwd=tmp_path, piece=10_000, before=before)
+    result = run_prepare("s=a.txt", "--val=0", cwd=tmp_path, PIECE=10_000, LONGEST_LINE=3_000)
     assert result.returncode == 0 and "huge, cut into parts" in result.stdout and "not UTF-8" not in result.stdout
     parts = read_back(tmp_path / "data/s")
     assert len(parts) > 10 and sorted("".join(parts)) == sorted(text)
@@ -329,7 +339,7 @@ def test_few_long_documents_give_val_their_ends(tmp_path):
     assert train + val == text and abs(len(val) / len(text) - 0.1) < 0.01
 
 
-def test_every_reader_gives_the_same_shards(tmp_path, documents):
+def test_every_reader_gives_the_same_shards(tmp_path, documents, monkeypatch):
     rows = "".join(json.dumps({"body": text}) + "\n" for text in documents).encode()
     halves = rows[:300_000], rows[300_000:]  # a compressed file may be several joined together
     (tmp_path / "folder").mkdir()
@@ -343,24 +353,24 @@ def test_every_reader_gives_the_same_shards(tmp_path, documents):
     words = ["folder=folder", "glob=folder/*.[tm]*,folder/*.py", "folder/*.rs"]
     words += ["plain=a.jsonl", "gz=a.jsonl.gz", "xz=a.jsonl.xz"]
     names = ["folder", "glob", "plain", "gz", "xz", "hub"]
-    if prepare.find_spec("zstandard"):
+    if readers.find_spec("zstandard"):
         import zstandard
 
         (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, halves)))
         words, names = [*words, "zst=a.jsonl.zst"], [*names, "zst"]
-    if prepare.find_spec("pyarrow"):
+    if readers.find_spec("pyarrow"):
         from pyarrow import parquet, table
 
         parquet.write_table(table({"id": range(400), "body": documents}), tmp_path / "a.parquet")
         words, names = [*words, "parquet=a.parquet"], [*names, "parquet"]
-    # a stand-in for the package `datasets`, with the one function that is used
-    (tmp_path / "datasets.py").write_text(
-        "import json\ndef load_dataset(path, config, split, streaming):\n"
-        "    assert (path, config, split, streaming) == ('some/set', 'part', 'train', True)\n"
-        "    return map(json.loads, open('a.jsonl'))"
-    )
-    before = "sys.path.insert(0, '.')"
-    result = run_prepare(*words, "hub=hf:some/set:part", "--field=body", "--val=0.1", cwd=tmp_path, before=before)
+
+    def load_dataset(path, config, split, streaming):  # a stand-in for the one function of `datasets` that is used
+        assert (path, config, split, streaming) == ("some/set", "part", "train", True)
+        return map(json.loads, rows.splitlines())
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    installed = lambda name: name == "datasets" or importlib.util.find_spec(name)
+    result = run_prepare(*words, "hub=hf:some/set:part", "--field=body", "--val=0.1", cwd=tmp_path, find_spec=installed)
     assert result.returncode == 0, result.stderr
     assert all(shards(tmp_path / "data" / name) == shards(tmp_path / "data/plain") != {} for name in names)
     assert sorted(read_back(tmp_path / "data/plain")) == sorted(documents)
@@ -383,7 +393,7 @@ def test_every_reader_gives_the_same_shards(tmp_path, documents):
 def test_a_mistake_gets_one_line_and_exit_code_2_and_leaves_no_trace(tmp_path, words, said):
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
-    result = run_prepare(*words, cwd=tmp_path, before="prepare.find_spec = lambda name: None")
+    result = run_prepare(*words, cwd=tmp_path, find_spec=lambda name: None)
     assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.txt"]
 
