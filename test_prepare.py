@@ -2,6 +2,8 @@
 
 import ast
 import builtins
+import bz2
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -10,7 +12,9 @@ import json
 import lzma
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,11 +72,15 @@ def command(*words, piece=8 << 20, before=""):
     return [sys.executable, "-c", f"{code}{before}\nerrors.run(prepare.main)", *words]
 
 
+load = functools.cache(tokenizer.load)  # a twentieth of a second each
+
+
 def run_prepare(*words, cwd, **patches):
     """prepare.main in this process, with names of readers.py and prepare.py patched -> what subprocess.run gives."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
+        patch.setattr(tokenizer, "load", load)
         for name, value in patches.items():
             patch.setattr(readers if hasattr(readers, name) else prepare, name, value)
         code = prepare.main([*map(str, words), "--workers=1"])
@@ -83,9 +91,9 @@ def shards(folder, split="*"):
     return {path.name: path.read_bytes() for path in sorted(folder.glob(f"{split}-*.bin"))}
 
 
-def read_back(folder, split="*"):
+def read_back(folder, split="*", vocab_size=None):
     """The documents in a source's shards, as text."""
-    encoding = tokenizer.load()
+    encoding = load(vocab_size=vocab_size)
     found = []
     for data in shards(folder, split).values():
         ids = np.frombuffer(data, "<u2")
@@ -407,6 +415,439 @@ def test_prepared_data_is_replaced_only_with_fresh(tmp_path):
     assert read_back(tmp_path / "data/s") == ["the first text " * 50]
     assert run_prepare("s=a.txt", "--val=0", "--fresh", cwd=tmp_path).returncode == 0
     assert read_back(tmp_path / "data/s") == ["another text " * 50]
+
+
+# prepare.py and readers.py: what people have
+
+
+def rows_of(texts, field="text"):
+    return "".join(json.dumps({field: text}) + "\n" for text in texts).encode()
+
+
+def stories(n, first=0):
+    return [f"story {i} of a river, a stone and {'a lamp ' * (i % 7)}" for i in range(first, first + n)]
+
+
+def put(path, content=b"some text"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def everything_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(result, *words):
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, (result.returncode, result.stderr)
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+OF_OTHERS = {  # files that lie there, and a command that would write among them
+    "the input": (["data/s/1.txt"], ["s=data/s"]),
+    "the input, by a glob": (["data/s/1.txt"], ["s=data/s/*.txt"]),
+    "the input is below": (["data/s/raw/1.txt"], ["s=data/s/raw"]),
+    "the input is above": (["data/1.txt"], ["s=."]),
+    "another source's input": (["in/t/1.txt", "a.txt"], ["s=in", "t=a.txt", "--out=in"]),
+    "through a link": (["in/1.txt", "data/s -> ../in"], ["s=in"]),
+    "notes": (["a.txt", "data/s/notes.md"], ["s=a.txt"]),
+    "nanoGPT's data": (["a.txt", "data/s/train.bin"], ["s=a.txt"]),
+    "shards of which nothing is known": (["a.txt", "data/s/train-00000.bin"], ["s=a.txt"]),
+    "another meta.json": (["a.txt", "data/s/meta.json"], ["s=a.txt"]),
+    "a folder called as ours": (["a.txt", "data/s/runs-0123456789ab/1.txt"], ["s=a.txt"]),
+    "a file": (["a.txt", "data/s"], ["s=a.txt"]),
+    "by the default corpus": (["data/raw/a.txt"], []),
+    "by the default corpus, into a source": (["data/text/a.txt"], []),
+    "by the default corpus, into corpus": (["data/corpus/a.txt"], []),
+    "by synthetic": (["data/corpus/a.txt"], ["synthetic"]),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_files_that_prepare_did_not_write_are_neither_replaced_nor_joined(tmp_path, name):
+    lying, words = OF_OTHERS[name]
+    for file, link, target in (entry.partition(" -> ") for entry in lying):
+        put(tmp_path / file) if not link else (tmp_path / file).parent.mkdir()
+        if link:
+            (tmp_path / file).symlink_to(target)
+    before = everything_in(tmp_path)
+    for fresh in ([], ["--fresh"]):
+        one_line(run_prepare(*words, *fresh, cwd=tmp_path))
+        assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [["s=bad.jsonl"], ["s=nowhere"], ["s=b.txt", "t=nowhere"], ["s=b.txt", "t=data"]])
+def test_a_mistake_costs_nothing_of_what_was_prepared(tmp_path, words):
+    put(tmp_path / "a.txt", "what was prepared")
+    put(tmp_path / "b.txt", "what comes")
+    put(tmp_path / "bad.jsonl", '{"body": 1}\n')
+    assert run_prepare("s=a.txt", "--val=0", cwd=tmp_path).returncode == 0
+    before = everything_in(tmp_path)
+    one_line(run_prepare(*words, "--fresh", cwd=tmp_path))
+    assert everything_in(tmp_path) == before and set(tmp_path.glob("data/*/*")) <= set(before)
+
+
+def dying(function, steps):
+    """The function, until nothing is left of an iterator: then the process is interrupted."""
+
+    def step(*args, **kwargs):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return step
+
+
+def test_a_death_at_any_moment_leaves_the_old_or_nothing_and_the_new_at_last(tmp_path, documents):
+    write_jsonl(tmp_path / "a.jsonl", documents[:40])
+    write_jsonl(tmp_path / "b.jsonl", documents[:20])
+    small = {"cwd": tmp_path, "PIECE": 30_000, "SHARD": 20_000}
+    assert run_prepare("s=a.jsonl", "--vocab_size=400", "--out=old", **small).returncode == 0
+    assert run_prepare("s=b.jsonl", "--vocab_size=400", "--out=new", **small).returncode == 0
+    old, new = shards(tmp_path / "old/s"), shards(tmp_path / "new/s")
+    assert len(old) > len(new) > 1
+    deaths, left = 0, None
+    while left != new:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        shutil.copytree(tmp_path / "old", tmp_path / "data")
+        with pytest.MonkeyPatch.context() as patch:
+            steps = iter(range(deaths))
+            for owner, name in ((Path, "replace"), (Path, "unlink"), (Path, "rename"), (shutil, "rmtree")):
+                patch.setattr(owner, name, dying(getattr(owner, name), steps))
+            died = run_prepare("s=b.jsonl", "--vocab_size=400", "--fresh", **small).returncode == 130
+        left = shards(tmp_path / "data/s") if not died else None
+        if (tmp_path / "data/s/meta.json").exists():
+            meta = json.loads((tmp_path / "data/s/meta.json").read_text())
+            known = {shard["file"]: shard["sha256"] for part in ("train", "val") for shard in meta[part]["shards"]}
+            there = {name: hashlib.sha256(data).hexdigest() for name, data in shards(tmp_path / "data/s").items()}
+            assert there == known
+        again = run_prepare("s=b.jsonl", "--vocab_size=400", *["--fresh"] * died, **small)
+        assert again.returncode == 0, again.stderr
+        assert shards(tmp_path / "data/s") == new and not list((tmp_path / "data/s").glob("runs-*"))
+        deaths += 1
+    assert deaths > 15
+
+
+def test_runs_that_a_death_left_beside_finished_shards_are_removed_and_others_are_not(tmp_path):
+    put(tmp_path / "a.txt")
+    assert run_prepare("s=a.txt", cwd=tmp_path).returncode == 0
+    print_of = json.loads((tmp_path / "data/s/meta.json").read_text())["fingerprint"]
+    for name in (f"runs-{print_of[:12]}", "runs-0123456789ab", "runs-mine"):
+        put(tmp_path / "data/s" / name / "000000-000000.ids")
+    assert "nothing to do" in run_prepare("s=a.txt", cwd=tmp_path).stdout
+    assert {path.name for path in tmp_path.glob("data/s/runs-*")} == {"runs-0123456789ab", "runs-mine"}
+
+
+@pytest.mark.parametrize("settings", ["the same", "other"])
+def test_two_at_once_in_one_folder_is_a_mistake(tmp_path, settings):
+    put(tmp_path / "a.txt")
+    put(tmp_path / "b.txt", "another text")
+    seen = []
+
+    def meanwhile(*args):
+        if not seen:
+            seen.append(1)
+            seen.append(run_prepare("s=a.txt" if settings == "the same" else "s=b.txt", cwd=tmp_path))
+        return encode(*args)
+
+    encode = prepare.encode
+    assert run_prepare("s=a.txt", "--val=0", cwd=tmp_path, encode=meanwhile).returncode == 0
+    one_line(seen[1], "another prepare.py is at work")
+    assert read_back(tmp_path / "data/s") == ["some text"]
+
+
+SETTINGS = ["--val=0.2", "--seed=1", "--field=body", "--vocab_size=400", "another input"]
+
+
+@pytest.mark.parametrize("other", SETTINGS)
+def test_whatever_decides_the_shards_decides_whether_they_are_prepared(tmp_path, other):
+    put(tmp_path / "a.txt")
+    put(tmp_path / "b.txt", "more of it")
+    assert run_prepare("s=a.txt", "--val=0.1", cwd=tmp_path).returncode == 0
+    words = ["s=a.txt", "--val=0.1", other] if other.startswith("--") else ["s=a.txt", "b.txt", "--val=0.1"]
+    one_line(run_prepare(*words, cwd=tmp_path), "--fresh")
+
+
+def compressors():
+    ways = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    if readers.find_spec("zstandard"):
+        import zstandard
+
+        ways["zst"] = zstandard.compress
+    return ways
+
+
+def damaged(how, compress, data):
+    whole = compress(data)
+    return {
+        "cut": whole[: len(whole) // 2],
+        "one byte short": whole[:-1],
+        "empty": b"",
+        "another format": data,
+        "garbage behind it": whole + b"garbage",
+        "a second part that is cut": whole + compress(data)[:-9],
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how", ["cut", "one byte short", "empty", "another format", "garbage behind it", "a second part that is cut"]
+)
+def test_damaged_files_are_named_and_the_others_prepared(tmp_path, how):
+    draw = random.Random(1)
+    data = rows_of([draw.randbytes(30).hex() for _ in range(3000)])
+    ways = compressors()
+    for ending, compress in ways.items():
+        put(tmp_path / f"in/bad.jsonl.{ending}", damaged(how, compress, data))
+        put(tmp_path / f"in/good.jsonl.{ending}", compress(rows_of([f"good {ending}"])) * 2)
+    result = run_prepare("s=in", "--val=0", "--vocab_size=320", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(ways)} damaged" in result.stdout and all(f"bad.jsonl.{end}" in result.stdout for end in ways)
+    found = read_back(tmp_path / "data/s", vocab_size=320)
+    assert {f"good {ending}" for ending in ways} <= set(found)
+    if how in ("one byte short", "garbage behind it", "a second part that is cut"):
+        assert len(found) > 2000  # read up to there
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "another format", "wrong inside", "without the column"])
+def test_a_damaged_parquet_file_is_named_and_the_others_prepared(tmp_path, how):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet, table
+
+    for n in range(3):
+        parquet.write_table(table({"text": stories(50, 50 * n)}), tmp_path / f"part-{n}.parquet", row_group_size=10)
+    whole = (tmp_path / "part-1.parquet").read_bytes()
+    ways = {"cut": whole[:-60], "empty": b"", "another format": rows_of(stories(3))}
+    ways["wrong inside"] = whole[: len(whole) // 2] + b"U" * 400 + whole[len(whole) // 2 + 400 :]
+    put(tmp_path / "part-1.parquet", ways.get(how, whole))
+    if how == "without the column":
+        parquet.write_table(table({"body": ["a"]}), tmp_path / "part-1.parquet")
+    result = run_prepare("s=part-*.parquet", "--val=0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert ("1 without a column" if how == "without the column" else "1 damaged") in result.stdout
+    assert "part-1.parquet" in result.stdout
+    assert {*stories(50), *stories(50, 100)} <= set(read_back(tmp_path / "data/s"))
+
+
+def raw_frame(content, window_log, last=1):
+    """A zstd frame that wants a window of 2**window_log bytes, its content as it is."""
+    header = (len(content) << 3 | last).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\0" + bytes([window_log - 10 << 3]) + header + content
+
+
+def test_zstd_as_dumps_have_it(tmp_path):
+    pytest.importorskip("zstandard")
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
+    lines = rows_of(stories(30))
+    whole = skipped + raw_frame(lines[:500], 31) + raw_frame(b"", 10) + skipped + raw_frame(lines[500:], 28)
+    for name, content, n in [("whole", whole, 30), ("open", raw_frame(rows_of(stories(9)), 20, last=0), 9)]:
+        put(tmp_path / f"{name}.jsonl.zst", content)
+        result = run_prepare(f"{name}={name}.jsonl.zst", "--val=0", cwd=tmp_path)
+        assert result.returncode == 0 and sorted(read_back(tmp_path / f"data/{name}")) == sorted(stories(n))
+        assert ("1 damaged" in result.stdout) == (name == "open")
+
+
+@pytest.mark.parametrize("words", ["s=in", "s=in/**/*", "s=in/*"])
+def test_what_lies_in_folders_beside_files_is_named_and_read_once_if_at_all(tmp_path, words):
+    for name in ("in/a.txt", "far/b.txt", "far/sub/c.txt", "secret.txt"):
+        put(tmp_path / name, name)
+    links = {"gone.txt": "/nowhere", "self.txt": "self.txt", "zero.txt": "/dev/zero"}
+    links |= {"far1": "../far", "far2": "../far", "loop": ".", "up": ".."}
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    (tmp_path / "far/back").symlink_to("../in")
+    os.mkfifo(tmp_path / "in/pipe.txt")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(os.path.relpath(tmp_path / "in/socket.txt"))
+    result = run_prepare(words, "--val=0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = ["in/a.txt"] if words == "s=in/*" else ["far/b.txt", "far/sub/c.txt", "in/a.txt"]
+    assert sorted(read_back(tmp_path / "data/s")) == expected and "0 duplicates" not in result.stdout
+    assert json.loads((tmp_path / "data/s/meta.json").read_text())["duplicates"] == 0
+    for name in ("gone.txt (a link", "self.txt", "zero.txt (a device", "pipe.txt (a pipe", "socket.txt (a socket"):
+        assert name in result.stdout, name
+    for name in ("gone", "self", "zero", "pipe", "socket"):
+        one_line(run_prepare(f"t=in/{name}.txt", cwd=tmp_path), f"{name}.txt")
+
+
+@pytest.mark.parametrize("words", [["s=in"], ["s=in/caf\udce9.txt"], ["in/caf\udce9.txt"], ["\udce9=in"]])
+def test_names_that_are_no_utf8_are_shown_in_some_way(tmp_path, words):
+    for name, content in ((b"caf\xe9.txt", b"caf\xe9"), (b"fine\xe9.txt", b"fine"), (b"x\xe9.jsonl.gz", b"no gzip")):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        with open(os.fsencode(tmp_path / "in") + b"/" + name, "wb") as file:
+            file.write(content)
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    line = [sys.executable, ROOT / "prepare.py", *words, "--val=0", "--workers=1"]
+    if words == ["s=in"]:
+        result = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        assert "1 not UTF-8 text: in/caf" in result.stdout and "1 damaged" in result.stdout
+        assert read_back(tmp_path / "data/s") == ["fine"]
+        json.loads((tmp_path / "data/s/meta.json").read_text()).__str__().encode()
+    else:
+        one_line(run_prepare(*words, cwd=tmp_path), "\\udce9" if "s=" in words[0] else "")
+
+
+TEXTS = stories(12)
+LINES, ARRAY = rows_of(TEXTS), json.dumps([{"text": text} for text in TEXTS]).encode()
+PRETTY = json.dumps([{"text": text} for text in TEXTS], indent=2).encode()
+FILES = {
+    "A.JSONL": LINES, "A.Jsonl.Gz": gzip.compress(LINES), "c4.json.gz": gzip.compress(LINES), "a.ndjson": LINES,
+    "a.jsonl.bz2": bz2.compress(LINES), "array.json.xz": lzma.compress(ARRAY), "pretty.json.gz": gzip.compress(PRETTY),
+    "bom.jsonl": b"\xef\xbb\xbf" + LINES, "windows.jsonl": LINES.replace(b"\n", b"\r\n\r\n"),
+}  # fmt: skip
+NAMED = {
+    "a.json": LINES, "array.json": ARRAY, "pretty.JSON": PRETTY, "part-00000": LINES, "dump.gz": gzip.compress(LINES),
+    "bom.json": b"\xef\xbb\xbf" + ARRAY, "utf16.json": ARRAY.decode().encode("utf-16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FILES, *NAMED])
+def test_rows_are_read_under_whatever_ending(tmp_path, name):
+    put(tmp_path / "in" / name, (FILES | NAMED)[name])
+    result = run_prepare("s=in" if name in FILES else f"s=in/{name}", "--val=0", cwd=tmp_path)
+    assert result.returncode == 0 and sorted(read_back(tmp_path / "data/s")) == sorted(TEXTS), result.stderr
+
+
+SAID = {  # what is not read, and what is said
+    "utf16.jsonl": (LINES.decode().encode("utf-16"), "1 not UTF-8 text", "UTF-16"),
+    "bare16.jsonl": (LINES.decode().encode("utf-16-le"), "1 not UTF-8 text", "UTF-16"),
+    "utf16.jsonl.gz": (gzip.compress(LINES.decode().encode("utf-16")), "1 not UTF-8 text", "UTF-16"),
+    "zipped.jsonl": (gzip.compress(LINES), "1 not UTF-8 text", "gzip"),
+    "latin.jsonl": ('{"text": "café"}\n'.encode("latin-1"), "1 not UTF-8 text", "latin.jsonl"),
+    "settings.json": (b'{\n "lr": 1\n}', "1 not a JSON object with 'text'", "settings.json"),
+    "columns.json": (b'{"text": ["a", "b"]}', "1 no string in 'text'", "columns.json"),
+    "torn.json": (b'[{"text": "a', "1 not a JSON object with 'text'", "torn.json"),
+    "empty.json": (b"", "1 empty", "empty.json"),
+    "all.tar.gz": (b"...", "an archive", "unpack"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_not_read_is_said_in_one_line(tmp_path, name):
+    content, *said = SAID[name]
+    put(tmp_path / name, content)
+    one_line(run_prepare(f"s={name}", cwd=tmp_path), *said)
+
+
+@pytest.mark.parametrize("content", [LINES, ARRAY, PRETTY])
+def test_json_is_never_plain_text_without_a_word(tmp_path, content):
+    put(tmp_path / "in/a.txt", content)
+    put(tmp_path / "in/b.txt", "[1] is a note, {x} a set")
+    assert "1 JSON, read as plain text" in run_prepare("s=in", cwd=tmp_path).stdout
+
+
+def test_a_field_that_holds_no_string_is_called_that(tmp_path):
+    odd = [["two", "parts"], {"a": "b"}, 3, True, None, 0, False, [], {}, 1.5]
+    put(tmp_path / "a.jsonl", rows_of([*odd, "", "fine"]) + b'[1]\nnull\n"text"\n')
+    out = run_prepare("s=a.jsonl", "--val=0", cwd=tmp_path).stdout
+    assert "10 no string in 'text': " in out and "1 empty: " in out and "3 not a JSON object" in out
+    assert "UTF" not in out
+
+
+def test_what_a_folder_holds_and_is_not_read_is_counted(tmp_path):
+    for name in ("a.txt", "README", "b.XML", "sub/c.xml", "t.csv", "x.json", "d.tar.gz", ".hidden", ".git/config.xml"):
+        put(tmp_path / "in" / name, name)
+    expected = "6 left out by their names: 2 .xml, 1 without ending, 1 .csv, 1 .json, 1 .tar.gz"
+    assert expected in run_prepare("s=in", "--val=0", cwd=tmp_path).stdout
+    (tmp_path / "in/a.txt").unlink()
+    one_line(run_prepare("t=in", cwd=tmp_path), expected)
+
+
+def no_train(*_, **__):
+    raise ValueError("Bad split: train.\nAvailable splits: ['test']")
+
+
+def no_config(*_, **__):
+    raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['first', 'second']")
+
+
+def no_network(*_, **__):
+    raise ConnectionError("Couldn't reach the Hub")
+
+
+def broken(*_, **__):
+    yield {"text": "fine"}
+    raise RuntimeError("row 1 is\nbroken")
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        (no_train, ["'test'"]),
+        (no_config, ["'first'", "'second'"]),
+        (no_network, ["reach"]),
+        (broken, ["broken"]),
+        (lambda *_, **__: iter([{"body": "b", "id": 1}]), ["body, id"]),
+    ],
+)
+def test_whatever_datasets_raises_is_one_line_with_what_there_is(tmp_path, monkeypatch, load, words):
+    put(tmp_path / "a.txt")
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+    result = run_prepare("s=a.txt", "t=hf:some/set", cwd=tmp_path, find_spec=lambda name: True)
+    one_line(result, "hf:some/set", *words)
+    early = load in (no_train, no_config, no_network)  # then nothing was prepared
+    assert (tmp_path / "data").exists() != early
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a b", "a/b", "", "../x", "a\nb"])
+def test_a_source_is_one_folder_right_below_out(tmp_path, name):
+    put(tmp_path / "w/a.txt")
+    one_line(run_prepare(f"{name}=a.txt", cwd=tmp_path / "w"), repr(name))
+    assert [path.name for path in tmp_path.rglob("*")] == ["w", "a.txt"]
+
+
+@pytest.mark.parametrize("word", ["a,b", "data[1].txt", "data[1]", "data[1]/*.txt", "data[1]/**", "lang=en", "x.txt,"])
+def test_names_that_look_like_something_else_are_names(tmp_path, word):
+    for name in ("a,b/x.txt", "data[1].txt", "data[1]/x.txt", "lang=en/x.txt", "x.txt"):
+        put(tmp_path / "in" / name)
+    put(tmp_path / "in/other.txt", "another")
+    result = run_prepare("s=other.txt", word, "--out=../data", "--val=0", cwd=tmp_path / "in")
+    assert result.returncode == 0 and sorted(read_back(tmp_path / "data/s")) == ["another", "some text"], result.stderr
+
+
+@pytest.mark.parametrize("word", ["--workers=0", "--val=nan", "--vocab_size=abc", "--seed=" + "9" * 80, "s=", "s=,"])
+def test_a_number_that_is_none_is_one_line(tmp_path, word):
+    put(tmp_path / "a.txt")
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as err:
+        patch.chdir(tmp_path)
+        assert prepare.main(["s=a.txt", word]) == 2
+    assert word.strip("-").split("=")[0] in err.getvalue() and len(err.getvalue().splitlines()) == 1
+
+
+def test_the_home_folder_is_meant_by_a_tilde_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    put(tmp_path / "home/a.txt")
+    assert run_prepare("s=~/a.txt", "--out=~/data", "--val=0", cwd=tmp_path).returncode == 0
+    assert read_back(tmp_path / "home/data/s") == ["some text"] and not (tmp_path / "~").exists()
+    one_line(run_prepare("s=~/a.txt", "--tokenizer=~/none.json", cwd=tmp_path), str(tmp_path / "home/none.json"))
+    one_line(run_prepare("s=~nobody-here/a.txt", cwd=tmp_path), "~nobody-here")
+
+
+def test_a_tokenizer_of_ones_own_is_kept_beside_the_shards(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    letters = {character: i for i, character in enumerate(tokenizer.byte_characters())}
+    own = hf.Tokenizer(hf.models.BPE(letters, []))
+    own.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = hf.decoders.ByteLevel()
+    own.add_special_tokens(["<|endoftext|>"])
+    own.save(str(tmp_path / "mine.json"))
+    put(tmp_path / "a.txt")
+    put(tmp_path / "b.txt", "another")
+    assert run_prepare("s=a.txt", "--tokenizer=mine.json", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "data/s/tokenizer.json").read_text() == (tmp_path / "mine.json").read_text()
+    assert run_prepare("s=b.txt", "--tokenizer=mine.json", "--fresh", cwd=tmp_path).returncode == 0
+    assert run_prepare("s=b.txt", "--fresh", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "data/s/tokenizer.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="programs are confined by Linux")
+@pytest.mark.parametrize("problems", [1, 19, 45])
+def test_as_many_problems_are_made_as_were_asked_for(tmp_path, monkeypatch, capsys, problems):
+    monkeypatch.setattr(synthetic, "CHUNK", 20)
+    monkeypatch.setattr(synthetic.sandbox, "run", lambda programs: ["passed"] * len(programs))
+    for n in (problems, problems + 20, problems):
+        prepare.collect_synthetic(tmp_path, 0, n)
+        assert f"of {n} problems kept" in capsys.readouterr().out
 
 
 # corpus.py
