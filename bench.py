@@ -43,6 +43,7 @@ import errors
 import infill
 import mix
 import prepare
+import readers
 import tokenizer
 import train
 from kernels import backend
@@ -177,7 +178,7 @@ def bench_tokenizer(args):
         return pool.apply(tokenizer_rates)
 
 
-def tokenizer_rates(megabytes=prepare.PIECE >> 20):
+def tokenizer_rates(megabytes=readers.PIECE >> 20):
     with ThreadPoolExecutor(1) as pool:
         documents = corpus.collect(pool, megabytes * 10**6, megabytes * 10**6)
     encoding, rows = tokenizer.load(), []
