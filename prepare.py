@@ -60,9 +60,10 @@ BAR = {"unit": "B", "unit_scale": True, "disable": None}  # no bar where stderr 
 SHARD_FILE = re.compile(r"(train|val)-\d{5,}\.bin")
 RUNS_FOLDER = re.compile(r"runs-[0-9a-f]{12}")
 RUNS_FILE = re.compile(
-    r"(\d{6,}-\d{6,}\.(ids|npy|json)|part-\d+-of-\d+(\.lock)?|shards\.lock|publish\.json|tokenizer\.json"
+    r"(\d{6,}-\d{6,}\.(ids|npy|json)|part-\d+-of-\d+(\.lock)?|shards\.lock|tokenizer\.json"
     r"|(train|val)-\d{5,}\.(bin|shard))(\..+\.tmp)?"
 )
+LEFT_FILE = re.compile(r"(train|val)-\d{5,}\.bin|tokenizer\.json|meta\.json\..+\.tmp")
 CORPUS_FILE = re.compile(r"((text|code)\.jsonl|synthetic-(-?\d+)-\d{5,}(-first-\d+)?\.jsonl?)(\..+\.tmp)?")
 
 
@@ -244,17 +245,19 @@ def check_folder(folder):
 
 def strangers(folder):
     """Names of what prepare.py did not write in a source's folder. Hidden files are nobody's concern."""
-    if not folder.is_dir():
-        return []
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+    return sorted(names - written(folder))
+
+
+def written(folder):
+    """Names in a source's folder that are prepare.py's: what meta.json records; where there is none but there are runs,
+    which are begun in clean folders only, all that a death can have left."""
     meta = read_meta(folder)
-    known = {"meta.json", *files_of(meta)} if meta else set()
-    for runs in runs_in(folder):
-        known.add(runs.name)
-        known |= {entry.with_suffix(".bin").name for entry in runs.glob("*.shard")}
-        if (record := runs / "publish.json").exists():
-            known |= {*files.read_json(record)["files"], *files.read_json(record)["replaces"]}
-    names = {path.name for path in folder.iterdir() if path.name[0] != "."}
-    return sorted(name for name in names - known if not re.fullmatch(r"meta\.json\..+\.tmp", name))
+    runs = {path.name for path in runs_in(folder)}
+    if meta:
+        return runs | {"meta.json", *files_of(meta)}
+    left = {path.name for path in folder.glob("*") if LEFT_FILE.fullmatch(path.name)}
+    return runs | left if runs else set()
 
 
 def runs_in(folder):
@@ -307,16 +310,12 @@ def check_default(out):
 
 
 def check_apart(folder, sources):
-    """UserError if a source's output folder is, contains or lies in what is read. `sources`: {name: Found}."""
+    """UserError if a source's output folder is or lies in a folder that is read, by whatever name. `sources`: {name:
+    Found}."""
     here = folder.resolve()
     above = {readers.identity(path) for path in (here, *here.parents) if path.exists()}
-    for found in sources.values():
-        if above & found.folders:
-            raise UserError(f"{folder}, where the output goes, is or lies in a folder that is read; use another --out")
-        if here.exists():
-            tops = {file.path.resolve().parent for file in found.inputs if file.format != "hf"}
-            if any(here == top or here in top.parents for top in tops):
-                raise UserError(f"{folder}, where the output goes, holds files that are read; use another --out")
+    if any(above & found.folders for found in sources.values()):
+        raise UserError(f"{folder}, where the output goes, is or lies in a folder that is read; use another --out")
 
 
 @contextlib.contextmanager
@@ -347,18 +346,14 @@ def publish(folder, runs, meta, fresh):
     Put complete shards, and then their meta.json, in the place of what was prepared before. Without a meta.json nobody
     reads shards, so it goes first and comes last; after a death in between, this is done again.
     """
-    record = runs / "publish.json"
-    if not record.exists():
-        check_replaceable(folder, meta["fingerprint"], fresh)  # others may have been here meanwhile
-        old = read_meta(folder)
-        files.write_json(record, {"files": files_of(meta), "replaces": files_of(old) if old else []})
-    replaces = files.read_json(record)["replaces"]
+    check_replaceable(folder, meta["fingerprint"], fresh)  # others may have been here meanwhile
     (folder / "meta.json").unlink(missing_ok=True)
     for name in files_of(meta):
         if (runs / name).exists():
             (runs / name).replace(folder / name)
-    for name in {*replaces} - {*files_of(meta)}:
-        (folder / name).unlink(missing_ok=True)
+    for name in written(folder) - {*files_of(meta)}:
+        if LEFT_FILE.fullmatch(name):
+            (folder / name).unlink()
     files.sync(folder)
     files.write(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
@@ -407,12 +402,9 @@ def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
             shards = [job.result() for job in jobs]
 
             meta = {"format": 1, "tokenizer": about_tokenizer(encoding, args.tokenizer)}
-            meta |= {split: total([s for s in shards if s["file"].startswith(split)]) for split in ("train", "val")}
-            unique = meta["val"]["documents"] + (0 if tail else meta["train"]["documents"])
-            meta |= {"duplicates": read["documents"] - unique}
-            meta |= {"val_is": "the end of every document" if tail else "by hash"}
+            meta |= about_shards(shards, read, tail)
             meta |= {"read": read, "inputs": len(found.inputs), "settings": settings, "fingerprint": fingerprint}
-            if isinstance(encoding, tokenizer.FileEncoding):  # the file may be moved or changed, the shards stay
+            if isinstance(encoding, tokenizer.FileEncoding):  # that file may be moved or changed, the shards stay
                 files.write(runs / "tokenizer.json", encoding._pat_str.encode())
                 meta |= {"files": ["tokenizer.json"]}
             publish(folder, runs, meta, args.fresh)
@@ -424,6 +416,14 @@ def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
 def about_tokenizer(encoding, name):
     about = {"name": name, "vocab_size": encoding.n_vocab, "sha256": tokenizer.digest(encoding)}
     return about | {"eot": tokenizer.eot(encoding)}
+
+
+def about_shards(shards, read, tail):
+    train, val = (total([s for s in shards if s["file"].startswith(split)]) for split in ("train", "val"))
+    unique = val["documents"] + (0 if tail else train["documents"])
+    duplicates = read["documents"] - unique
+    val_is = "the end of every document" if tail else "by hash"
+    return {"train": train, "val": val, "duplicates": duplicates, "val_is": val_is}
 
 
 def write_runs(name, units, runs, pool, args):

@@ -459,7 +459,7 @@ OF_OTHERS = {  # files that lie there, and a command that would write among them
     "by the default corpus": (["data/raw/a.txt"], []),
     "by the default corpus, into a source": (["data/text/a.txt"], []),
     "by the default corpus, into corpus": (["data/corpus/a.txt"], []),
-    "by synthetic": (["data/corpus/a.txt"], ["synthetic"]),
+    "by synthetic": (["data/corpus/a.txt"], ["synthetic", "--problems=3"]),
 }
 
 
