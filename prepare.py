@@ -312,7 +312,7 @@ def check_default(out):
 def check_apart(folder, sources):
     """UserError if a source's output folder is or lies in a folder that is read, by whatever name. `sources`: {name:
     Found}."""
-    here = folder.resolve()
+    here = Path(os.path.realpath(folder))
     above = {readers.identity(path) for path in (here, *here.parents) if path.exists()}
     if any(above & found.folders for found in sources.values()):
         raise UserError(f"{folder}, where the output goes, is or lies in a folder that is read; use another --out")
@@ -320,17 +320,20 @@ def check_apart(folder, sources):
 
 @contextlib.contextmanager
 def at_work(folder, runs, part):
-    """Holds the lock of one machine's part of the runs. UserError if another process has it, or works in this folder
-    with other settings. A mistake leaves no folder that was not there before."""
+    """Holds the lock of one machine's part of the runs; waits for another process that has it. UserError if one works
+    in this folder with other settings. A mistake leaves no folder that was not there before."""
     absent = [path for path in (folder, folder.parent) if not path.exists()]
     runs.mkdir(parents=True, exist_ok=True)
-    busy = UserError(f"another prepare.py is at work in {folder}; wait for it, or use another --out")
     with open(runs / f"{part}.lock", "w") as file:
         if files.lock(file) is False:
-            raise busy
+            print(f"{folder}: waiting for another prepare.py that is at work on this", flush=True)
+            files.lock(file, wait=True)
         try:
             if any(is_locked(lock) for lock in folder.glob("runs-*/part-*.lock") if lock.parent != runs):
-                raise busy
+                raise UserError(
+                    f"another prepare.py is at work in {folder} with other inputs or settings; wait for it, or use"
+                    " another --out"
+                )
             yield
         except UserError:
             if runs.exists() and all(name.endswith(".lock") for name in os.listdir(runs)):
@@ -371,7 +374,7 @@ def fingerprint_of(found, settings):
             inputs.append([file.path])
         else:
             how = [] if readers.reads_as_before(file) else [file.format]
-            inputs.append([str(file.path.resolve()), file.size, file.modified, *how])
+            inputs.append([os.path.realpath(file.path), file.size, file.modified, *how])
     return hashlib.sha256(json.dumps([1, inputs, settings, readers.PIECE, SHARD]).encode()).hexdigest()
 
 
@@ -381,6 +384,8 @@ def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
     runs = folder / f"runs-{fingerprint[:12]}"
     machine, machines = args.shard
     with at_work(folder, runs, f"part-{machine}-of-{machines}"):
+        if not runs.exists():
+            return finished_elsewhere(folder)
         write_runs(name, readers.cut_into_units(found.inputs), runs, pool, args)
         missing = [k for k in range(machines) if not (runs / f"part-{k}-of-{machines}").exists()]
         if missing:
@@ -392,7 +397,7 @@ def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
         with open(runs / "shards.lock", "w") as lock:
             files.lock(lock, wait=True)
             if not runs.exists():
-                return read_meta(folder)
+                return finished_elsewhere(folder)
             read = count_runs(runs, found)
             if not read["documents"]:
                 shutil.rmtree(runs)
@@ -411,6 +416,13 @@ def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
             shutil.rmtree(runs)
     remove_runs(folder)
     return meta
+
+
+def finished_elsewhere(folder):
+    """The meta.json that another process has written while this one waited for it."""
+    if meta := read_meta(folder):
+        return meta
+    raise UserError(f"{folder}: the other prepare.py came to no end; run this again")
 
 
 def about_tokenizer(encoding, name):

@@ -153,6 +153,7 @@ def find_inputs(named):
     if not found.inputs:
         reasons = [*describe(counted(found.problems)), *describe_left_out(found.left_out)]
         why = "; ".join(reasons) or "no such file, no match, or a folder without text or source files"
+        why += "; what a glob matches is read whatever it is called" if found.left_out else ""
         raise UserError(f"nothing to read in {printable(named)!r}: {why}")
     for mark in {file.format for file in found.inputs} | {file.compression for file in found.inputs}:
         if mark in PACKAGES and not find_spec(PACKAGES[mark]):

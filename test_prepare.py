@@ -455,6 +455,7 @@ OF_OTHERS = {  # files that lie there, and a command that would write among them
     "shards of which nothing is known": (["a.txt", "data/s/train-00000.bin"], ["s=a.txt"]),
     "another meta.json": (["a.txt", "data/s/meta.json"], ["s=a.txt"]),
     "a folder called as ours": (["a.txt", "data/s/runs-0123456789ab/1.txt"], ["s=a.txt"]),
+    "another folder called almost as ours": (["a.txt", "data/s/runs-mine/000000-000000.ids"], ["s=a.txt"]),
     "a file": (["a.txt", "data/s"], ["s=a.txt"]),
     "by the default corpus": (["data/raw/a.txt"], []),
     "by the default corpus, into a source": (["data/text/a.txt"], []),
@@ -538,22 +539,36 @@ def test_runs_that_a_death_left_beside_finished_shards_are_removed_and_others_ar
     assert {path.name for path in tmp_path.glob("data/s/runs-*")} == {"runs-0123456789ab", "runs-mine"}
 
 
-@pytest.mark.parametrize("settings", ["the same", "other"])
-def test_two_at_once_in_one_folder_is_a_mistake(tmp_path, settings):
+@pytest.mark.parametrize("words", [["s=b.txt"], ["s=b.txt", "--fresh"], ["s=a.txt", "--val=0.3"]])
+def test_two_at_once_in_one_folder_with_other_settings_is_a_mistake(tmp_path, words):
     put(tmp_path / "a.txt")
     put(tmp_path / "b.txt", "another text")
-    seen = []
+    encode, results = prepare.encode, []
 
     def meanwhile(*args):
-        if not seen:
-            seen.append(1)
-            seen.append(run_prepare("s=a.txt" if settings == "the same" else "s=b.txt", cwd=tmp_path))
+        if not results:
+            results.append(None)
+            results.append(run_prepare(*words, cwd=tmp_path))
         return encode(*args)
 
-    encode = prepare.encode
     assert run_prepare("s=a.txt", "--val=0", cwd=tmp_path, encode=meanwhile).returncode == 0
-    one_line(seen[1], "another prepare.py is at work")
-    assert read_back(tmp_path / "data/s") == ["some text"]
+    one_line(results[1], "another prepare.py is at work")
+    assert read_back(tmp_path / "data/s") == ["some text"] and not list(tmp_path.glob("data/s/runs-*"))
+
+
+def test_the_same_command_twice_at_once_is_done_once(tmp_path):
+    put(tmp_path / "a.txt")
+    encode, others = prepare.encode, []
+
+    def meanwhile(*args):
+        if not others:
+            others.append(subprocess.Popen(command("s=a.txt", "--val=0"), cwd=tmp_path, stdout=subprocess.PIPE))
+            assert b"waiting" in others[0].stdout.readline()
+        return encode(*args)
+
+    assert run_prepare("s=a.txt", "--val=0", cwd=tmp_path, encode=meanwhile).returncode == 0
+    assert others[0].wait(timeout=20) == 0 and b"train" in others[0].stdout.read()
+    assert read_back(tmp_path / "data/s") == ["some text"] and not list(tmp_path.glob("data/s/runs-*"))
 
 
 SETTINGS = ["--val=0.2", "--seed=1", "--field=body", "--vocab_size=400", "another input"]
@@ -786,7 +801,7 @@ def test_whatever_datasets_raises_is_one_line_with_what_there_is(tmp_path, monke
     result = run_prepare("s=a.txt", "t=hf:some/set", cwd=tmp_path, find_spec=lambda name: True)
     one_line(result, "hf:some/set", *words)
     early = load in (no_train, no_config, no_network)  # then nothing was prepared
-    assert (tmp_path / "data").exists() != early
+    assert (tmp_path / "data/s").exists() != early and not (tmp_path / "data/t").exists()
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a b", "a/b", "", "../x", "a\nb"])
