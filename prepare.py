@@ -154,26 +154,25 @@ def tokens_before(index, document):
     return int(index[2, document - 1]) if document else 0
 
 
-def write_shard(runs, path, low, high, tail):
+def write_shard(runs, name, low, high, tail):
     """
-    Writes one shard beside the runs, unless it was before, and returns its entry for meta.json; `path` is where it will
-    be published. `tail` is 0 where val takes whole documents, else the part of every document, at its end, that is val
-    and not train.
+    Writes one shard beside the runs, unless it was before, and returns its entry for meta.json. `tail` is 0 where val
+    takes whole documents, else the part of every document, at its end, that is val and not train.
     """
-    entry = runs / f"{path.stem}.shard"
+    entry = (runs / name).with_suffix(".shard")
     if entry.exists():
         shard = json.loads(entry.read_text())
-        if is_whole(runs, shard) or is_whole(path.parent, shard):
+        if is_whole(runs, shard):
             return shard
     documents = merge_runs(runs, low, high)
     cuts = [int(len(ids) * (1 - tail)) for ids in documents] if tail else []
-    if cuts and path.name.startswith("val"):
+    if cuts and name.startswith("val"):
         documents = [ids[cut:] for ids, cut in zip(documents, cuts, strict=True)]
     elif cuts:
         documents = [np.append(ids[:cut], np.uint16(EOT)) for ids, cut in zip(documents, cuts, strict=True) if cut]
     ids = np.concatenate([np.empty(0, "<u2"), *documents])
-    files.write(runs / path.name, ids.data)
-    shard = {"file": path.name, "tokens": len(ids), "documents": len(documents)}
+    files.write(runs / name, ids.data)
+    shard = {"file": name, "tokens": len(ids), "documents": len(documents)}
     shard |= {"bytes": int(BYTES[ids].sum(dtype=np.int64)), "sha256": hashlib.sha256(ids.data).hexdigest()}
     files.write(entry, json.dumps(shard).encode())
     return shard
@@ -352,8 +351,7 @@ def publish(folder, runs, meta, fresh):
     check_replaceable(folder, meta["fingerprint"], fresh)  # others may have been here meanwhile
     (folder / "meta.json").unlink(missing_ok=True)
     for name in files_of(meta):
-        if (runs / name).exists():
-            (runs / name).replace(folder / name)
+        (runs / name).replace(folder / name)
     for name in written(folder) - {*files_of(meta)}:
         if LEFT_FILE.fullmatch(name):
             (folder / name).unlink()
@@ -403,7 +401,7 @@ def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
                 shutil.rmtree(runs)
                 raise UserError("; ".join([f"{name}: no documents in it", *describe(read)]))
             plan, tail = plan_shards(runs, args.val, read["tokens"])
-            jobs = [pool.submit(write_shard, runs, folder / file, low, high, tail) for file, low, high in plan]
+            jobs = [pool.submit(write_shard, runs, file, low, high, tail) for file, low, high in plan]
             shards = [job.result() for job in jobs]
 
             meta = {"format": 1, "tokenizer": about_tokenizer(encoding, args.tokenizer)}

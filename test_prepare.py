@@ -415,6 +415,13 @@ def test_prepared_data_is_replaced_only_with_fresh(tmp_path):
     assert read_back(tmp_path / "data/s") == ["the first text " * 50]
     assert run_prepare("s=a.txt", "--val=0", "--fresh", cwd=tmp_path).returncode == 0
     assert read_back(tmp_path / "data/s") == ["another text " * 50]
+    [shard] = [path for path in tmp_path.glob("data/s/train-*") if path.stat().st_size]
+    right = shard.read_bytes()
+    shard.write_bytes(right[::-1])  # of the same size: nobody reads them all again to see it
+    assert "nothing to do" in run_prepare("s=a.txt", "--val=0", cwd=tmp_path).stdout
+    assert run_prepare("s=a.txt", "--val=0", "--fresh", cwd=tmp_path).returncode == 0 and shard.read_bytes() == right
+    shard.write_bytes(right[:-2])
+    assert run_prepare("s=a.txt", "--val=0", cwd=tmp_path).returncode == 0 and shard.read_bytes() == right
 
 
 # prepare.py and readers.py: what people have
