@@ -607,10 +607,12 @@ def parse_arguments(argv):
     parser.add_argument("--vocab_size", type=int, help="ids of nanocrystal (32,064; 8,192 for the default corpus)")
     parser.add_argument("--val", type=float, help="fraction held out (0.01; 0.03 of the default corpus)")
     parser.add_argument("--field", default="text", help="where .jsonl, .parquet and hf: hold the document (text)")
-    parser.add_argument("--problems", default=20_000, type=int, help="made up for the source `synthetic` (20000)")
+    natural = errors.number(int, 1)
+    parser.add_argument("--problems", default=20_000, type=natural, help="made up for the source `synthetic` (20000)")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="this is machine I of N, from 0 (0/1)")
-    parser.add_argument("--workers", default=CORES, type=int, help="processes (one per core)")
-    parser.add_argument("--seed", default=0, type=int, help="of the shuffle and the split (0)")
+    parser.add_argument("--workers", default=CORES, type=natural, help="processes (one per core)")
+    seed = errors.number(int, -(2**63), 2**63 - 1)
+    parser.add_argument("--seed", default=0, type=seed, help="of the shuffle and the split (0)")
     parser.add_argument("--fresh", action="store_true", help="replace what was prepared, when the new is complete")
     args = parser.parse_intermixed_args(argv)
     if not args.sources and args.tokenizer == "nanocrystal" and args.vocab_size is None:
@@ -623,10 +625,6 @@ def parse_arguments(argv):
         raise UserError("--shard is I/N with I from 0 to N-1, such as --shard=0/4")
     if not 0 <= args.val < 1:
         raise UserError(f"--val={args.val} is no fraction; 0.01 holds out one token in a hundred")
-    if args.workers < 1 or args.problems < 1:
-        raise UserError("--workers and --problems are at least 1")
-    if not -(2**63) <= args.seed < 2**63:
-        raise UserError("--seed is a number of 64 bits")
     return args
 
 

@@ -214,7 +214,8 @@ def look_at(path, found, choose=False):
             found.left_out[ending(path.name)] += 1
             return
         if any(mark in ARCHIVES for mark in map(str.lower, path.suffixes[-2:])):
-            raise UserError(f"{printable(path)} is an archive: unpack it and name the folder")
+            found.report("archives, not read: unpack them and name the folder", path)
+            return
         if not os.access(path, os.R_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
@@ -599,7 +600,7 @@ def text_of(value, name, column, report):
         if "\0" in text:
             report("not UTF-8 text", with_reason(name, "zero bytes"))
             return None
-        if looks_like_json(text) and not str(name).lower().endswith((".ipynb", ".ipynb.gz")):
+        if looks_like_json(text) and ".ipynb" not in str(name).lower():
             report("JSON, read as plain text: call it .jsonl or .json to have its rows", name)
     elif isinstance(value, str):
         text = value

@@ -566,10 +566,11 @@ def test_two_at_once_in_one_folder_with_other_settings_is_a_mistake(tmp_path, wo
 def test_the_same_command_twice_at_once_is_done_once(tmp_path):
     put(tmp_path / "a.txt")
     encode, others = prepare.encode, []
+    line = command("s=a.txt", "--val=0", before="prepare.encode = None")  # it has nothing to encode
 
     def meanwhile(*args):
         if not others:
-            others.append(subprocess.Popen(command("s=a.txt", "--val=0"), cwd=tmp_path, stdout=subprocess.PIPE))
+            others.append(subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE))
             assert b"waiting" in others[0].stdout.readline()
         return encode(*args)
 
@@ -693,7 +694,8 @@ def test_what_lies_in_folders_beside_files_is_named_and_read_once_if_at_all(tmp_
 
 @pytest.mark.parametrize("words", [["s=in"], ["s=in/caf\udce9.txt"], ["in/caf\udce9.txt"], ["\udce9=in"]])
 def test_names_that_are_no_utf8_are_shown_in_some_way(tmp_path, words):
-    for name, content in ((b"caf\xe9.txt", b"caf\xe9"), (b"fine\xe9.txt", b"fine"), (b"x\xe9.jsonl.gz", b"no gzip")):
+    latin = {b"caf\xe9.txt": b"caf\xe9", b"fine\xe9.txt": b"fine", b"x\xe9.jsonl.gz": b"no gzip", b"empty\xe9.txt": b""}
+    for name, content in latin.items():
         (tmp_path / "in").mkdir(exist_ok=True)
         with open(os.fsencode(tmp_path / "in") + b"/" + name, "wb") as file:
             file.write(content)
@@ -704,7 +706,7 @@ def test_names_that_are_no_utf8_are_shown_in_some_way(tmp_path, words):
         assert result.returncode == 0, result.stderr
         assert "1 not UTF-8 text: in/caf" in result.stdout and "1 damaged" in result.stdout
         assert read_back(tmp_path / "data/s") == ["fine"]
-        json.loads((tmp_path / "data/s/meta.json").read_text()).__str__().encode()
+        str(json.loads((tmp_path / "data/s/meta.json").read_text())).encode()
     else:
         one_line(run_prepare(*words, cwd=tmp_path), "\\udce9" if "s=" in words[0] else "")
 
@@ -740,7 +742,7 @@ SAID = {  # what is not read, and what is said
     "columns.json": (b'{"text": ["a", "b"]}', "1 no string in 'text'", "columns.json"),
     "torn.json": (b'[{"text": "a', "1 not a JSON object with 'text'", "torn.json"),
     "empty.json": (b"", "1 empty", "empty.json"),
-    "all.tar.gz": (b"...", "an archive", "unpack"),
+    "all.tar.gz": (b"...", "1 archives", "unpack"),
 }
 
 
