@@ -14,12 +14,15 @@ The tokenizer: 32,000 byte-level BPE ranks (nanocrystal.tiktoken, made by train.
 
 import base64
 import hashlib
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+import errors
+import files
 from errors import UserError
 
 RANKS = 32_000
@@ -40,6 +43,25 @@ SPECIALS = [
     *(f"<mask_{i}>" for i in range(1, 40)),
 ]
 VOCAB_SIZE = RANKS + len(SPECIALS)
+COPY = "tokenizer.json"  # what a tokenizer.json is called in the folders that it is kept in
+
+# What a tokenizer.json must give back before it is used: what people write, then the characters of Unicode, all up to
+# U+07FF and some of every kind beyond, so that every byte of UTF-8 is among them.
+SAMPLES = [
+    "Hello, World! 0123456789",
+    "def f(x):\n    if x > 0:\n\treturn {'a': [x, -1.5e-3]}  # why?\n\n\n\n",
+    "  two spaces before, two between  words, and two behind  ",
+    "\n\n\tends of lines\r\n\r\n of every\rkind \t\n",
+    "a" + " " * 40 + "b" + "\t" * 9 + "c" + "\n" * 20 + "d",
+    "``quoted'' \u201cquoted\u201d \u2018it\u2019s\u2019 -- \u2013 \u2014 ... \u2026",
+    "e\u0301 \ufb01 \u2460 \u00b2 \u00bd \u212b \uff21 \u00df \u0130 \u01c5 \u1112\u1161\u11ab",
+    "a\u00a0b\u00adc\u200bd\u200de\u2028f\u3000g\ufeffh\ufffdi\0j\x1b[0m\x7f",
+    "\u00efve \u65e5\u672c \ud55c\uad6d \u0627\u0644\u0639 \u0939\u093f\u0928 \u0e44\u0e17 \U0001f469\u200d\U0001f52c",
+    "<b>x</b> &amp; https://example.org/a_b?c=d#e someone@example.org $x^2$ \\n %s @name ~/file_name.txt",
+    "x" * 200,
+]
+CHARACTERS = [*range(0x800), *range(0x800, 0xD800, 0x153), *range(0xE000, 0x110000, 0x353)]
+SAMPLES += ["".join(map(chr, CHARACTERS[i : i + 32])) for i in range(0, len(CHARACTERS), 32)]
 
 
 class TokenizerError(UserError):
@@ -54,12 +76,53 @@ def load(name="nanocrystal", vocab_size=None):
     if name == "nanocrystal":
         encoding = _shipped(VOCAB_SIZE if vocab_size is None else vocab_size)
     else:
-        encoding = FileEncoding(name) if name.endswith(".json") else _from_tiktoken(name)
+        encoding = FileEncoding(errors.path(name)) if is_file(name) else _from_tiktoken(name)
     if vocab_size not in (None, encoding.n_vocab):
         raise TokenizerError(
             f"{name} has {encoding.n_vocab} ids; vocab_size={vocab_size} is possible with nanocrystal only"
         )
     return encoding
+
+
+def is_file(name):
+    """Whether a tokenizer of this name is a tokenizer.json, of whatever name, and not one that comes with a program."""
+    return name.endswith(".json") or (errors.path(name).is_file() and name not in tiktoken.list_encoding_names())
+
+
+def find(about, *folders):
+    """
+    The encoding that meta.json or a checkpoint describes, {"name", "vocab_size", "sha256", ...}; None of None.
+
+    A tokenizer.json is looked for where a copy is kept, in `folders`, and then where it was when the data was prepared.
+    Only one with the digest that was recorded is taken. Raises TokenizerError.
+    """
+    if about is None:
+        return None
+    fields = {"name": str, "vocab_size": int, "sha256": str}
+    if not isinstance(about, dict) or any(type(about.get(field)) is not kind for field, kind in fields.items()):
+        raise TokenizerError(f"{about!r} describes no tokenizer: it has not {', '.join(fields)}")
+    name = about["name"]
+    if name == "nanocrystal" or name in tiktoken.list_encoding_names():
+        paths, encodings = [name], [load(name, about["vocab_size"])]
+    else:
+        paths = [path for path in (*(Path(folder) / COPY for folder in folders), errors.path(name)) if path.is_file()]
+        encodings = (FileEncoding(path) for path in paths)
+    for encoding in encodings:
+        if digest(encoding) == about["sha256"]:
+            return encoding
+    if paths:
+        raise TokenizerError(
+            f"the ids were made with another {name} than the one here ({', '.join(map(str, paths))});"
+            " bring back the one of then, or prepare the data again"
+        )
+    copy = f"copy it to {Path(folders[0]) / COPY}" if folders else "bring it back"
+    raise TokenizerError(f"there is no {name}, the tokenizer.json that made the ids; {copy}")
+
+
+def keep(encoding, folder):
+    """Put a tokenizer.json, of which there may be no other copy, where `find` looks for it."""
+    if isinstance(encoding, FileEncoding):
+        files.write(Path(folder) / COPY, encoding._pat_str.encode())
 
 
 def eot(encoding):
@@ -96,40 +159,72 @@ class FileEncoding:
     """A tokenizer.json, run by Hugging Face's `tokenizers`, with what is used here of tiktoken.Encoding's interface.
 
     Byte-level BPE (GPT-2, Llama 3) and SentencePiece's BPE with bytes for rare characters (Llama 2, Crystal). What its
-    text calls </s> or <|end_of_text|> is <|endoftext|> here. Raises TokenizerError.
+    text calls </s> or <|end_of_text|> is <|endoftext|> here. Truncation, padding, dropout and NFC are switched off, and
+    a tokenizer that does not give SAMPLES back is refused: all but SentencePiece's space before a text, and its own
+    sign for a space, U+2581. Raises TokenizerError.
     """
 
     def __init__(self, path):
         try:
-            from tokenizers import Tokenizer
+            from tokenizers import Tokenizer, normalizers
         except ImportError:
             raise TokenizerError(f"{path} needs a package: pip install tokenizers") from None
         try:
-            bpe = Tokenizer.from_file(str(path))
-        except Exception as error:  # it raises this very class
-            raise TokenizerError(f"{path}: {error}") from None
+            self.name, self._pat_str = str(path), Path(path).read_text(encoding="utf-8-sig")
+            bpe = Tokenizer.from_str(self._pat_str)
+        except Exception as error:  # the library raises this very class
+            raise TokenizerError(f"{path} is no tokenizer.json: {getattr(error, 'strerror', None) or error}") from None
         bpe.encode_special_tokens = True  # text that spells a special token stays text
-        self.name, self.bpe, self._pat_str = str(path), bpe, Path(path).read_text()
-        vocabulary, self.n_vocab = bpe.get_vocab(), max(bpe.get_vocab().values()) + 1
-        self._special_tokens = {t.content: i for i, t in bpe.get_added_tokens_decoder().items() if t.special}
+        bpe.no_truncation()
+        bpe.no_padding()
+        if hasattr(bpe.model, "dropout"):
+            bpe.model.dropout = None
+        if isinstance(bpe.normalizer, normalizers.NFC):
+            bpe.normalizer = None
+        self.bpe, vocabulary, added = bpe, bpe.get_vocab(), bpe.get_added_tokens_decoder()
+        self.n_vocab = max(vocabulary.values(), default=-1) + 1
+        self._special_tokens = {t.content: i for i, t in added.items() if t.special}
         ends = [name for name in ("<|endoftext|>", "</s>", "<|end_of_text|>") if name in self._special_tokens]
         if not ends or self.n_vocab > 1 << 16:
             why = f"{self.n_vocab:,} ids, more than uint16 holds" if ends else "no end of text among its special tokens"
             raise TokenizerError(f"{path} has {why}")
+        if len({*vocabulary.values()}) < len(vocabulary):
+            raise TokenizerError(f"{path} has two tokens of one id")
         self._special_tokens["<|endoftext|>"] = self._special_tokens[ends[0]]
         self.special_tokens_set = set(self._special_tokens)
-        added = bpe.encode("").ids  # what it puts before a text
-        self.start = added[0] if added else self._special_tokens["<|endoftext|>"]
-        self.byte_level = {c: byte for byte, c in enumerate(byte_characters())} if "ByteLevel" in self._pat_str else {}
-        self.token_bytes = [b""] * self.n_vocab
+        before = bpe.encode("").ids  # what it puts before a text
+        self.start = before[0] if before else self._special_tokens["<|endoftext|>"]
+        steps = b"".join(step.__getstate__() for step in (bpe.normalizer, bpe.pre_tokenizer) if step)
+        is_byte_level = b'"ByteLevel"' in steps
+        self.byte_level = {c: byte for byte, c in enumerate(byte_characters())} if is_byte_level else {}
+        self.token_bytes, special = [b""] * self.n_vocab, {*self._special_tokens.values()}
         for token, i in vocabulary.items():
-            if i not in self._special_tokens.values():
-                self.token_bytes[i] = self._bytes_of(token)
+            if i not in special:
+                literal = self.byte_level and i in added
+                self.token_bytes[i] = token.encode() if literal else self._bytes_of(token)
+        replaced = re.findall(rb'{"String":("(?:[^"\\]|\\.)*")}', steps)
+        self._check([*SAMPLES, "".join(f"a {token.content} b{token.content}c" for token in added.values()),
+                     *map(json.loads, replaced)])  # fmt: skip
+
+    def __reduce__(self):  # the library forgets encode_special_tokens
+        return FileEncoding, (self.name,)
+
+    def _check(self, texts):
+        """Refuse a tokenizer that does not give one of the texts back, and name the first thing that is lost."""
+        for text in texts:
+            decoded = self.decode(self.encode_ordinary(text))
+            right = [text] if self.byte_level else [text, " " + text]
+            if decoded not in right:
+                same, wanted = max((common_start(decoded, one), one) for one in right)
+                raise TokenizerError(
+                    f"{self.name} does not give every text back: of {wanted[same:][:12]!r} it makes"
+                    f" {decoded[same:][:12]!r}; take one that keeps every byte, such as a byte-level BPE"
+                )
 
     def _bytes_of(self, token):
         if self.byte_level and all(c in self.byte_level for c in token):
             return bytes(self.byte_level[c] for c in token)
-        if len(token) == 6 and token.startswith("<0x"):
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
 
@@ -161,6 +256,12 @@ class FileEncoding:
         return ids
 
 
+def common_start(a, b):
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def _token_bytes(encoding):
     if isinstance(encoding, FileEncoding):
         return encoding.token_bytes
@@ -186,7 +287,8 @@ def _shipped(vocab_size):
 def _from_tiktoken(name):
     if name not in tiktoken.list_encoding_names():
         raise TokenizerError(
-            f"no tokenizer {name!r}; there are nanocrystal and tiktoken's gpt2, p50k_base and p50k_edit"
+            f"no tokenizer {name!r}; there are nanocrystal, tiktoken's gpt2, p50k_base and p50k_edit, and"
+            " every tokenizer.json, by its path"
         )
     try:
         encoding = tiktoken.get_encoding(name)
