@@ -261,6 +261,11 @@ def load_state(folder, shape=None):
         raise CheckpointError(str(error)) from None
 
 
+def shapes(folder):
+    """{name: torch.Size} of all tensors of a checkpoint: model.wte.weight, optimizer.wte.weight.exp_avg, ..."""
+    return {name: entry.size for name, entry in Reader(folder).metadata.state_dict_metadata.items()}
+
+
 def load(folder, tensors, group=None):
     """Fill tensors, nested dicts like those that were saved or a part of them, in place, from shards of any number.
 

@@ -19,20 +19,23 @@ What one side cannot represent is refused, with the reason.
 import dataclasses
 import itertools
 import json
+import math
 import mmap
-import pickle
+import os
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import errors
 import files
 import tokenizer
 from errors import UserError
-from model import EMBEDDING_SCALE, GPT, LOGIT_SCALE, GPTConfig
+from model import EMBEDDING_SCALE, GPT, LARGEST, LOGIT_SCALE, GPTConfig
 from sample import load_model
 
 # Our parameters, and the ones of which they are stacked.
@@ -49,7 +52,13 @@ CRYSTAL = {  # GPT-2's names and transposed matrices; silu is on the second of t
 }  # fmt: skip
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # tables that older releases hold
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}  # fmt: skip
+BITS = {"U64": 64, "C64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6,
+        "F6_E3M2": 6, "F4": 4}  # fmt: skip  # other numbers that safetensors has: of no use here, but no mistake
+BITS |= {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LONGEST_HEADER = 100_000_000  # bytes, as the library of the format has it
 
 
 class ConvertError(UserError):
@@ -139,11 +148,18 @@ def tokenizer_files(encoding, block_size):
             "vocab": {written[token]: rank for token, rank in ranks}, "merges": merges,
         },
     }  # fmt: skip
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
-        "model_max_length": block_size, "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+    return {"tokenizer.json": whole, "tokenizer_config.json": tokenizer_config(encoding, block_size)}
+
+
+def tokenizer_config(encoding, block_size):
+    """tokenizer_config.json with which AutoTokenizer takes a tokenizer.json as it is."""
+    names = {i: name for name, i in reversed(encoding._special_tokens.items())}
+    end = names[tokenizer.eot(encoding)]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(tokenizer.start(encoding), end),
+        "eos_token": end, "pad_token": end, "model_max_length": block_size, "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
     }  # fmt: skip
-    return {"tokenizer.json": whole, "tokenizer_config.json": about}
 
 
 def parts(token, ranks):
@@ -154,6 +170,13 @@ def parts(token, ranks):
         i = pairs.index(min(pairs))
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces
+
+
+def copy_settings(encoding, folder):
+    """How other programs use a tokenizer.json, if that is said beside it, goes with it."""
+    from_file = isinstance(encoding, tokenizer.FileEncoding) and Path(encoding.name).name == tokenizer.COPY
+    if from_file and (settings := Path(encoding.name).with_name("tokenizer_config.json")).exists():
+        shutil.copy(settings, folder)
 
 
 def write_safetensors(path, tensors):
@@ -176,8 +199,11 @@ def export(source, target, dtype):
     """A checkpoint -> the Hugging Face folder `target`, which appears when it is whole."""
     model, encoding, state = load_model(source)
     config, tensors = to_hugging_face(model)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if why := not_finite(tensor):
+            raise ConvertError(f"{source}: {name} has {why} in {dtype}; try another --dtype")
     contents = {"config.json": config | {"dtype": str(dtype).split(".")[1], "torch_dtype": str(dtype).split(".")[1]}}
-    temporary = new_folder(target)
     if encoding is None:
         print("the checkpoint's data named no tokenizer, so there is none to write")
     else:
@@ -186,16 +212,23 @@ def export(source, target, dtype):
         contents["config.json"] |= ends
         contents["generation_config.json"] = ends
         if isinstance(encoding, tokenizer.FileEncoding):
-            copy_tokenizer(Path(encoding.name).parent, temporary)
+            contents["tokenizer_config.json"] = tokenizer_config(encoding, model.config.block_size)
         else:
             contents |= tokenizer_files(encoding, model.config.block_size)
             contents["config.json"]["nanocrystal_tokenizer"] = state["tokenizer"]
-    for name, content in contents.items():
-        files.write_json(temporary / name, content)
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    write_safetensors(temporary / "model.safetensors", tensors)
-    temporary.rename(target)
+    with files.new_folder(target) as temporary:
+        for name, content in contents.items():
+            files.write_json(temporary / name, content)
+        tokenizer.keep(encoding, temporary)
+        copy_settings(encoding, temporary)
+        write_safetensors(temporary / "model.safetensors", tensors)
     return f"{config['architectures'][0]}, {sum(t.numel() for t in tensors.values()):,} numbers in {dtype}"
+
+
+def not_finite(tensor):
+    """How many numbers of a tensor are none, in words; empty if all are."""
+    count = int((~tensor.isfinite()).sum())
+    return f"{count:,} of {tensor.numel():,} numbers NaN or infinite" if count else ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ in
@@ -209,10 +242,27 @@ def require(config, **needed):
             raise ConvertError(f"{name} is {value!r}; this model can only do {' or '.join(map(repr, possible))}")
 
 
+def number(config, name, default=None, kind=int):
+    """A number of a config.json that counts or measures something, or its default if it has one. ConvertError."""
+    value = default if config.get(name) is None else config[name]
+    if type(value) not in ((int,) if kind is int else (int, float)) or not 0 < value <= LARGEST:
+        what = f"whole number from 1 to {LARGEST:,}" if kind is int else "number above 0"
+        raise ConvertError(f"config.json: {name} is {value!r}, which is no {what}")
+    return value
+
+
+def flag(config, name, default):
+    """What a config.json says yes or no to, or its default there. ConvertError."""
+    value = default if config.get(name) is None else config[name]
+    if type(value) is not bool:
+        raise ConvertError(f"config.json: {name} is {value!r}, which is neither true nor false")
+    return value
+
+
 def from_config(config):
     """config.json as a dict -> (knobs of GPTConfig but for bias, LLAMA or CRYSTAL, where their blocks are, whether
-    rotary pairs are neighbours). ConvertError says what does not fit."""
-    kind = config["model_type"]
+    rotary pairs are neighbours, heads of keys and values). ConvertError says what does not fit."""
+    kind = config.get("model_type")
     if kind == "crystalcoder":
         require(
             config, position_embedding_type=("learned", ["rotary"]), activation_function=("gelu_new", ["swiglu"]),
@@ -220,17 +270,21 @@ def from_config(config):
             scale_attn_by_inverse_layer_idx=(False, [False]), mup_scale_qk_dot_by_d=(False, [True]),
             mup_embeddings_scale=(1.0, [EMBEDDING_SCALE]), mup_output_alpha=(1.0, [LOGIT_SCALE]),
         )  # fmt: skip
-        knobs = {ours: config[ours] for ours in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size")}
-        knobs |= {"block_size": config["n_positions"], "tie": config.get("tie_word_embeddings", True)}
-        knobs["mup_base"] = round(config["mup_width_scale"] * config["n_embd"])
-        knobs["rotary"] = config["rotary_dim"] / (config["n_embd"] // config["n_head"])
-        return knobs, CRYSTAL, "transformer.h", True
+        knobs = {name: number(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size")}
+        heads, width = knobs["n_head"], knobs["n_embd"]
+        knobs |= {"block_size": number(config, "n_positions"), "tie": flag(config, "tie_word_embeddings", True)}
+        knobs["mup_base"] = max(1, round(number(config, "mup_width_scale", kind=float) * width))
+        knobs["rotary"] = number(config, "rotary_dim") / max(1, width // heads)
+        return knobs, CRYSTAL, "transformer.h", True, heads
     if kind not in ("llama", "stablelm"):
         reason = "GPT-2 has learned positions and an MLP without gate; " if kind == "gpt2" else ""
         raise ConvertError(f"model_type {kind!r} does not fit: {reason}there are crystalcoder, llama and stablelm")
-    rope = {**config, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ConvertError(f"config.json: rope_parameters is {scaling!r}, which is no object")
+    rope = config | scaling
     require(rope, rope_theta=(10000.0, [10000.0]), rope_type=(rope.get("type", "default"), ["default"]))
-    heads, width = config["num_attention_heads"], config["hidden_size"]
+    heads, width = number(config, "num_attention_heads"), number(config, "hidden_size")
     require(config, hidden_act=("silu", ["silu"]), head_dim=(width // heads, [width // heads]))
     if kind == "llama":
         require(config, rms_norm_eps=(1e-6, [1e-5]))
@@ -238,29 +292,35 @@ def from_config(config):
     else:
         require(config, layer_norm_eps=(1e-5, [1e-5]), qk_layernorm=(False, [False]))
         knobs = {
-            "rotary": rope.get("partial_rotary_factor", 0.25),
-            "parallel": config.get("use_parallel_residual", False),
+            "rotary": number(rope, "partial_rotary_factor", 0.25, float),
+            "parallel": flag(config, "use_parallel_residual", False),
         }
     knobs |= {
-        "n_layer": config["num_hidden_layers"], "n_head": heads, "n_embd": width, "mup_base": 0,
-        "n_inner": config["intermediate_size"], "vocab_size": config["vocab_size"],
-        "block_size": config["max_position_embeddings"], "tie": config.get("tie_word_embeddings", False),
+        "n_layer": number(config, "num_hidden_layers"), "n_head": heads, "n_embd": width, "mup_base": 0,
+        "n_inner": number(config, "intermediate_size"), "vocab_size": number(config, "vocab_size"),
+        "block_size": number(config, "max_position_embeddings"), "tie": flag(config, "tie_word_embeddings", False),
     }  # fmt: skip
-    return knobs, LLAMA, "model.layers", False
+    return knobs, LLAMA, "model.layers", False, number(config, "num_key_value_heads", heads)
 
 
 def from_hugging_face(folder, config):
     """A folder and what its config.json says -> (GPTConfig, {our parameter's name: fp32 tensor}). ConvertError."""
-    try:
-        knobs, layout, blocks, neighbours = from_config(config)
-        found = read_weights(folder)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ConvertError(f"{folder}: config.json, or an index beside it, lacks something: {error!r}") from None
+    knobs, layout, blocks, neighbours, kv_heads = from_config(config)
+    found = read_weights(folder)
     used = {"lm_head.weight"} if knobs["tie"] else set()  # there it is a copy
     used |= {name for name in found if name.endswith(BUFFERS)}
     biases = {name for name in found if name.endswith(".bias")} - used
     used |= {name for name in biases if not found[name].any()}
-    model_config = GPTConfig(**knobs, bias=bool(biases - used))
+    try:
+        model_config = GPTConfig(**knobs, bias=bool(biases - used))
+    except ValueError as error:
+        raise ConvertError(f"{folder}: config.json: {error}") from None
+    if model_config.n_head % kv_heads:
+        raise ConvertError(f"{folder}: config.json: {kv_heads} heads of keys do not divide {model_config.n_head}")
+    if model_config.n_layer > len(found):  # a model of so many would take for ever to build
+        raise ConvertError(
+            f"{folder}: config.json says {model_config.n_layer:,} layers, there are {len(found)} tensors"
+        )
     with torch.device("meta"):
         model = GPT(model_config)
     made = {}
@@ -270,24 +330,34 @@ def from_hugging_face(folder, config):
         if name.endswith("bias") and theirs[0] not in found:
             made[name] = torch.zeros(p.shape)
             continue
-        if lacking := [one for one in theirs if one not in found]:
-            raise ConvertError(f"{folder} has no {lacking[0]}")
-        if quantized := [one for one in theirs if not found[one].is_floating_point()]:
-            raise ConvertError(
-                f"{folder}: {quantized[0]} is in {found[quantized[0]].dtype}: quantized weights do not fit"
-            )
-        pieces = [found[one].float() for one in theirs]
-        if layout is CRYSTAL and p.dim() == 2 and part not in ("wte", "head"):
-            pieces = [piece.T for piece in pieces]
+        heights = [len(p) // len(theirs)] * len(theirs)
+        if part == "qkv" and len(theirs) == 3:
+            heights[1:] = [kv_heads * model_config.head_dim] * 2
+        turned = layout is CRYSTAL and p.dim() == 2 and part not in ("wte", "head")
+        pieces = []
+        for one, height in zip(theirs, heights, strict=True):
+            shape = (height, *p.shape[1:])
+            piece = check(folder, one, found.get(one), shape[::-1] if turned else shape)
+            pieces.append(piece.T if turned else piece)
         whole = torch.cat(one_key_a_head(pieces, model_config.head_dim) if part == "qkv" else pieces)
-        if whole.shape != p.shape:
-            raise ConvertError(
-                f"{folder}: {' + '.join(theirs)} is {tuple(whole.shape)}, config.json says {tuple(p.shape)}"
-            )
         made[name] = halves_apart(whole, model_config) if neighbours and part == "qkv" else whole
     if left := sorted(set(found) - used):
         raise ConvertError(f"{folder}: this model has no place for {left[0]}, of {len(left)} such")
     return model_config, made
+
+
+def check(folder, name, tensor, shape):
+    """A tensor that was read, in fp32, if it is what the model needs. ConvertError."""
+    if tensor is None:
+        raise ConvertError(f"{folder} has no {name}")
+    if not tensor.is_floating_point():
+        raise ConvertError(f"{folder}: {name} is in {tensor.dtype}: quantized weights do not fit")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ConvertError(f"{folder}: {name} is {tuple(tensor.shape)}, config.json says {tuple(shape)}")
+    tensor = tensor.float()
+    if why := not_finite(tensor):
+        raise ConvertError(f"{folder}: {name} has {why}")
+    return tensor
 
 
 def one_key_a_head(pieces, head_dim):
@@ -308,83 +378,158 @@ def halves_apart(qkv, config):
 
 
 def read_weights(folder):
-    """{name: tensor} of a folder, mapped from the files without reading them."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
-        if (index := folder / f"{name}.index.json").exists():
-            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
-        else:
-            files = [name] if (folder / name).exists() else []
-        if files:
-            return {key: tensor for file in files for key, tensor in read(folder / file).items()}
-    raise ConvertError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-
-
-def read_bin(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConvertError(f"{path} is damaged, or holds more than tensors ({type(error).__name__})") from None
-
-
-def read_safetensors(path):
-    try:
-        with open(path, "rb") as f:
-            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        begin, found = 8 + int.from_bytes(data[:8], "little"), {}
-        for name, about in json.loads(data[8:begin]).items():
-            if name != "__metadata__":
-                at, end = about["data_offsets"]
-                dtype = DTYPES[about["dtype"]]
-                flat = torch.frombuffer(data, dtype=dtype, count=(end - at) // dtype.itemsize, offset=begin + at)
-                found[name] = flat.view(about["shape"])
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ConvertError(f"{path} is damaged, or of a newer format: {error!r}") from None
+    """{name: tensor} of a folder, mapped from the files without reading them. ConvertError."""
+    paths = [path for name in WEIGHTS if (path := folder / name).exists()]
+    if not paths:
+        raise ConvertError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    path = paths[0]
+    read = read_bin if path.name.startswith("pytorch_model") else read_safetensors
+    found, place = {}, {}
+    for part in parts_of(path) if path.suffix == ".json" else [path]:
+        for name, tensor in read(part).items():
+            if name in found:
+                raise ConvertError(f"{name} is in {place[name]} and in {part}")
+            found[name], place[name] = tensor, part
     return found
 
 
+def parts_of(index):
+    """The files that an index names, all of them in its folder."""
+    names = files.read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ConvertError(f"{index} has no weight_map from tensors to files")
+    names = sorted({*names.values()})
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConvertError(f"{index} names {name!r}, which is not in its folder")
+        if not (index.parent / name).is_file():
+            raise ConvertError(f"{index} names {name!r}, which is not there")
+    return [index.parent / name for name in names]
+
+
+def read_bin(path):
+    """{name: tensor} of what torch.save wrote; other things are refused before they are looked up."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a pickle may raise any
+        raise ConvertError(f"{path} is damaged, or holds more than tensors ({type(error).__name__})") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ConvertError(f"{path} is no dict of tensors")
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ConvertError(f"{path}: {name} is no plain tensor")
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a file in which every byte has its place, as the format demands. What torch has no dtype for
+    comes as bytes. ConvertError."""
+    with open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    try:
+        if not 8 < begin <= min(size, LONGEST_HEADER):
+            raise ValueError(f"{size:,} bytes, of which {begin - 8:,} should be its header")
+        places = check_header(json.loads(data[8:begin], object_pairs_hook=without_doubles), size - begin)
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path} is damaged, or of a newer format: {error}") from None
+    found = {}
+    for name, (dtype, shape, first, end) in places.items():
+        if dtype not in DTYPES:
+            dtype, shape = "U8", [end - first]
+        if first == end:
+            found[name] = torch.empty(shape, dtype=DTYPES[dtype])
+        else:
+            flat = torch.frombuffer(data, dtype=DTYPES[dtype], count=math.prod(shape), offset=begin + first)
+            found[name] = flat.view(shape)
+    return found
+
+
+def without_doubles(pairs):
+    """A JSON object's names and values as a dict. ValueError if a name comes twice."""
+    names = [name for name, _ in pairs]
+    if len({*names}) < len(names):
+        raise ValueError(f"{max(names, key=names.count)} is there twice")
+    return dict(pairs)
+
+
+def check_header(header, size):
+    """{name: (dtype, shape, first byte, end)} of a safetensors header and so many bytes behind it. ValueError unless
+    the tensors fill these, one after another."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    places = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        about = about if isinstance(about, dict) else {}
+        dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in BITS:
+            raise ValueError(f"{name} is of the unknown dtype {dtype!r}")
+        whole = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not whole or not all(type(n) is int and n >= 0 for n in shape + offsets):
+            raise ValueError(f"{name} has shape {shape!r} and data_offsets {offsets!r}")
+        if offsets[1] - offsets[0] != -(-math.prod(shape) * BITS[dtype] // 8):
+            raise ValueError(f"{name}, {shape} of {dtype}, does not fill bytes {offsets[0]} to {offsets[1]}")
+        places[name] = (dtype, shape, *offsets)
+    at = 0
+    for name, (_, _, first, end) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if first != at:
+            raise ValueError(f"{name} begins at byte {first}, what is before it ends at {at}")
+        at = end
+    if at != size:
+        raise ValueError(f"its tensors take {at:,} bytes, it has {size:,}")
+    return places
+
+
 def tokenizer_of(source, config, target):
-    """What a checkpoint under `target` says of its tokenizer; None if there is none."""
+    """(encoding, what a checkpoint under `target` says of it) of a Hugging Face folder; (None, None) if it has none."""
     if ours := config.get("nanocrystal_tokenizer"):
-        return ours
-    if not (source / "tokenizer.json").exists():
+        return tokenizer.find(ours), ours
+    path = source / tokenizer.COPY
+    if not path.exists():
         print(f"{source} has no tokenizer.json: the checkpoint has weights only")
-        return None
-    encoding = tokenizer.load(str(source / "tokenizer.json"))
-    about = {"name": str(target / "tokenizer.json"), "vocab_size": encoding.n_vocab, "eot": tokenizer.eot(encoding)}
-    return about | {"sha256": tokenizer.digest(encoding)}
+        return None, None
+    encoding = tokenizer.load(str(path))
+    about = {"name": str(target / tokenizer.COPY), "vocab_size": encoding.n_vocab, "eot": tokenizer.eot(encoding)}
+    return encoding, about | {"sha256": tokenizer.digest(encoding)}
+
+
+def fit_rows(config, tensors, encoding):
+    """Tell rows that only pad from those of the tokenizer's ids. Special ids beyond the last row, which no text is
+    encoded to, get rows of zeros, and no probability before they are trained on."""
+    n_rows, n_ids, needed = config.vocab_size, encoding.n_vocab, tokenizer.rows(encoding)
+    if needed > n_rows:
+        raise ConvertError(f"{encoding.name} has ids up to {needed - 1:,} for text, the embedding only {n_rows:,} rows")
+    config.vocab_real = min(n_rows, n_ids)
+    if n_ids > n_rows:
+        print(f"{encoding.name} has {n_ids - n_rows:,} special ids beyond the {n_rows:,} rows of the embedding: added")
+        config.vocab_size = n_ids
+        for name in {"wte.weight", "head.weight"} & {*tensors}:
+            tensors[name] = F.pad(tensors[name], (0, 0, 0, n_ids - n_rows))
 
 
 def bring_in(source, config, target):
     """A Hugging Face folder and what its config.json says -> a checkpoint under `target`, which appears when it is
     whole."""
-    about, (model_config, tensors) = tokenizer_of(source, config, target), from_hugging_face(source, config)
+    encoding, about = tokenizer_of(source, config, target)
+    model_config, tensors = from_hugging_face(source, config)
+    if encoding:
+        fit_rows(model_config, tensors, encoding)
     state = {
         "step": 0, "phase": target.name, "tokens": 0, "sample": 0, "start": {}, "first_token": 0, "drawn": {},
         "mix": {"sources": {}}, "model": dataclasses.asdict(model_config), "tokenizer": about,
         "config": {"data": "data", "mix": {}, "objective": {}}, "torch": torch.__version__,
     }  # fmt: skip
-    temporary = new_folder(target)
-    if about and about["name"].endswith(".json"):
-        copy_tokenizer(source, temporary)
-    checkpoint.save(temporary / "checkpoints", 0, {"model": tensors}, state, keep=1)
-    temporary.rename(target)
+    with files.new_folder(target) as temporary:
+        tokenizer.keep(encoding, temporary)
+        copy_settings(encoding, temporary)
+        checkpoint.save(temporary / "checkpoints", 0, {"model": tensors}, state, keep=1)
     knobs = {name: value for name, value in state["model"].items() if name != "vocab_real"}
+    command = shlex.join([f"--init_from={target}", *(f"--{name}={value}" for name, value in knobs.items())])
     return f"""{sum(t.numel() for t in tensors.values()):,} parameters
-to train on: python train.py <phase>.py --init_from={target} {" ".join(f"--{k}={v}" for k, v in knobs.items())}"""
-
-
-def new_folder(target):
-    """An empty folder beside `target`, to be renamed when all is in it."""
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def copy_tokenizer(source, target):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (source / name).exists():
-            shutil.copy(source / name, target)
+to train on: python train.py <phase>.py {command}"""
 
 
 @errors.command
@@ -396,11 +541,13 @@ def main(argv):
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of what goes out"
     )
     args = parser.parse_args(argv)
-    if args.target.exists():
+    if os.path.lexists(args.target):
         raise ConvertError(f"{args.target} exists; name a new folder")
-    path = args.source / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
-    if "model_type" in config:
+    path, weights = args.source / "config.json", [name for name in WEIGHTS if (args.source / name).exists()]
+    if weights and not path.exists():
+        raise ConvertError(f"{args.source} has {weights[0]} but no config.json, which says what model it is")
+    config = files.read_json(path) if path.exists() else {}
+    if weights or "model_type" in config:
         made = bring_in(args.source, config, args.target)
     else:
         made = export(args.source, args.target, getattr(torch, args.dtype))

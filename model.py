@@ -20,7 +20,7 @@ What is unusual in it, for someone who knows GPT-2 or Llama:
 import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -42,6 +42,7 @@ PRESETS = {
     "7B": dict(n_layer=32, n_head=32, n_embd=4096, block_size=2048, n_inner=10922, vocab_size=32032, bias=True),
 }
 EMBEDDING_SCALE, LOGIT_SCALE, SIGMA = 14.6, 2.22, 0.073  # muP constants of BTLM and Crystal, at base width
+LARGEST = 1 << 24  # of any whole number in GPTConfig: beyond it is a slip, of which building a model would never end
 
 
 @dataclass
@@ -61,11 +62,16 @@ class GPTConfig:
     mup_base: int = 256  # width from which muP scales; 0: standard parametrisation
 
     def __post_init__(self):
+        for field in fields(self):
+            value, least = getattr(self, field.name), int(field.name not in ("vocab_real", "n_inner", "mup_base"))
+            if type(value) not in ((int, float) if field.type is float else (field.type,)):
+                raise ValueError(f"{field.name} = {value!r} is not of type {field.type.__name__}")
+            if field.type is int and not least <= value <= LARGEST:
+                raise ValueError(f"{field.name} = {value:,} is not from {least} to {LARGEST:,}")
         self.n_inner = self.n_inner or -(-(8 * self.n_embd // 3) // 64) * 64
         self.vocab_real = self.vocab_real or self.vocab_size
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if not 0 < (value := getattr(self, name)) <= 1 << 24:
-                raise ValueError(f"{name} = {value:,} is not from 1 to {1 << 24:,}")
+        if self.vocab_real > self.vocab_size:
+            raise ValueError(f"vocab_real = {self.vocab_real} is more than vocab_size = {self.vocab_size}")
         if self.n_layer > 1024:  # building so many takes minutes, and nobody has trained them
             raise ValueError(f"n_layer = {self.n_layer:,} is more than 1,024")
         if self.n_embd % self.n_head:
@@ -257,8 +263,8 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token. top_p keeps the smallest set of tokens that holds that much probability
         (nucleus sampling, arXiv 1904.09751). allow: for every prompt a function of the ids made for it so far to what
-        may come next, bool (vocab_real,), or None for anything. Contexts that outgrow block_size are re-read from their
-        later half.
+        may come next, bool (vocab_real or more,), or None for anything. Contexts that outgrow block_size are re-read
+        from their later half.
         """
         texts, over, cache = [[*prompt] for prompt in prompts], [False] * len(prompts), None
         length, device = self.config.block_size, self.wte.weight.device
@@ -274,7 +280,7 @@ class GPT(nn.Module):
             logits = self.logits(self.hidden(fresh, cache, **where)[:, -1])
             for row, rule in enumerate(allow or ()):
                 if (allowed := rule(texts[row][len(prompts[row]) :])) is not None:
-                    logits[row, ~allowed.to(device)] = float("-inf")
+                    logits[row, ~allowed[: logits.shape[1]].to(device)] = float("-inf")
             fresh = sample(logits, temperature, top_p, generator)
             ids = fresh[:, 0].tolist()
             over = [done or token == stop for done, token in zip(over, ids, strict=True)]

@@ -16,18 +16,49 @@ import checkpoint
 import errors
 import infill
 import tokenizer
+from checkpoint import CheckpointError
 from model import GPT, GPTConfig
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
     """(model in evaluation mode, tiktoken.Encoding or its like or None, state of the checkpoint) from what a person
-    typed."""
+    typed. UserError."""
     folder = checkpoint.find(path)
-    state = checkpoint.load_state(folder)
-    model = GPT(GPTConfig(**state["model"]), dtype).to(device).eval()
+    state = checkpoint.load_state(
+        folder, step=int, tokens=int, phase=str, model=dict, config=dict, tokenizer=dict | None
+    )
+    knobs = {"objective": {}} | state["config"]
+    if not isinstance(knobs.get("data"), str) or not all(isinstance(knobs.get(k), dict) for k in ("mix", "objective")):
+        raise CheckpointError(f"{folder}/state.json: config has not the data, mix and objective of a phase")
+    encoding = tokenizer.find(state["tokenizer"], folder.parents[1])
+    try:
+        config = GPTConfig(**state["model"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/state.json describes no model: {error}") from None
+    if encoding and tokenizer.rows(encoding) > config.vocab_size:
+        raise CheckpointError(f"{folder} has {config.vocab_size:,} rows, {encoding.name} makes higher ids of text")
+    if encoding:
+        config.vocab_real = min(config.vocab_real, encoding.n_vocab)
+    check_shapes(folder, config)
+    model = GPT(config, dtype).to(device).eval()
     checkpoint.load(folder, {"model": dict(model.named_parameters())})
-    meta, copy = state["tokenizer"], folder.parents[1] / "tokenizer.json"  # that moves with the folder
-    return model, meta and tokenizer.load(str(copy) if copy.exists() else meta["name"], meta["vocab_size"]), state
+    for name, p in model.named_parameters():
+        if bad := int((~p.isfinite()).sum()):
+            raise CheckpointError(f"{folder}: {bad:,} numbers of {name} are NaN or infinite")
+    return model, encoding, state
+
+
+def check_shapes(folder, config):
+    """Refuse a checkpoint that does not hold the model that it describes, before memory is taken for it."""
+    shapes = checkpoint.shapes(folder)
+    if config.n_layer > len(shapes):
+        raise CheckpointError(f"{folder} holds {len(shapes)} tensors, which are no {config.n_layer:,} layers")
+    with torch.device("meta"):
+        model = GPT(config)
+    for name, p in model.named_parameters():
+        if (size := shapes.get(f"model.{name}")) != p.shape:
+            holds = "is missing" if size is None else f"is {tuple(size)}"
+            raise CheckpointError(f"{folder}: {name} {holds}, state.json says {tuple(p.shape)}")
 
 
 def complete(model, encoding, prompt, **how):

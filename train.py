@@ -414,10 +414,11 @@ def the_tokenizer(sources):
                 f"{name} was encoded with {other['name']} ({other['vocab_size']:,} ids) and {first} with {meta['name']}"
                 f" ({meta['vocab_size']:,} ids); prepare both with one tokenizer"
             )
-    encoding = tokenizer.load(meta["name"], meta["vocab_size"])
-    if tokenizer.digest(encoding) != meta["sha256"]:
-        raise ConfigError(f"{first} was encoded with another {meta['name']} than the one here; run prepare.py again")
-    return meta, encoding
+    folders = [source.files[0].parent for source in sources.values() if source.meta]
+    try:
+        return meta, tokenizer.find(meta, *folders)
+    except TokenizerError as error:
+        raise ConfigError(f"{first}: {error}") from None
 
 
 def the_vocabulary(named, encoding):
@@ -807,13 +808,15 @@ def check_lineage(roots, folder):
 def check_start(start, model, meta, sources, phase):
     """Refuse weights of another shape or for other ids, positions in other data and, inside a phase, another order."""
     folder, state, now = start.folder, start.state, dataclasses.asdict(model.config)
-    for knob, value in state["model"].items():
-        if now[knob] != value:
-            raise CheckpointError(
-                f"{folder} holds a model with {knob} = {value!r}, the configuration says {now[knob]!r};"
-                " use --out for another folder, or --fresh to start over"
-            )
     old = state["tokenizer"]
+    same_ids = meta and (not old or meta["sha256"] == old["sha256"])  # then rows that only padded may become words
+    for knob, value in state["model"].items():
+        if now.get(knob) != value and not (knob == "vocab_real" and same_ids):
+            say = f"say --{knob}={value}" if knob in MODEL_KNOBS else "prepare the data with its tokenizer"
+            raise CheckpointError(
+                f"{folder} holds a model with {knob} = {value!r}, the configuration says {now.get(knob)!r};"
+                f" {'use --out for another folder, or --fresh to start over' if start.inside else say}"
+            )
     if meta and old and meta["sha256"] != old["sha256"]:
         raise CheckpointError(
             f"{folder} was trained on ids of {old['name']} ({old['vocab_size']:,}),"
@@ -1010,6 +1013,7 @@ def train_phase(run, phase, state, parent):
         log = Log(phase, state["log_bytes"] if state else 0)
         if rank() == 0:
             files.write_json(phase.folder / "config.json", dataclasses.asdict(cfg))
+            tokenizer.keep(run.encoding, phase.folder)
     if state:
         log.write(step, {"event": "resume"})
     feeder = Feeder(phase, step, run.device, model.dtype)

@@ -141,6 +141,11 @@ def digest(encoding):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def rows(encoding):
+    """Rows that the embedding of a model must have: beyond them are special ids only, which no text is encoded to."""
+    return max(eot(encoding), start(encoding), int(byte_lengths(encoding).nonzero()[0].max())) + 1
+
+
 def byte_lengths(encoding):
     """uint16 (n_vocab,): bytes that each id stands for, 0 for special ids; turns nats per token into bits per byte."""
     return np.array([len(token) for token in _token_bytes(encoding)], dtype=np.uint16)
