@@ -24,6 +24,7 @@ import mmap
 import os
 import shlex
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def require(config, **needed):
     for name, (default, possible) in needed.items():
         value = default if config.get(name) is None else config[name]
         if value not in possible:
-            raise ConvertError(f"{name} is {value!r}; this model can only do {' or '.join(map(repr, possible))}")
+            raise ConvertError(f"{name} is {value!r:.80}; this model can only do {' or '.join(map(repr, possible))}")
 
 
 def number(config, name, default=None, kind=int):
@@ -247,7 +248,7 @@ def number(config, name, default=None, kind=int):
     value = default if config.get(name) is None else config[name]
     if type(value) not in ((int,) if kind is int else (int, float)) or not 0 < value <= LARGEST:
         what = f"whole number from 1 to {LARGEST:,}" if kind is int else "number above 0"
-        raise ConvertError(f"config.json: {name} is {value!r}, which is no {what}")
+        raise ConvertError(f"{name} is {value!r:.80}, which is no {what}")
     return value
 
 
@@ -255,7 +256,7 @@ def flag(config, name, default):
     """What a config.json says yes or no to, or its default there. ConvertError."""
     value = default if config.get(name) is None else config[name]
     if type(value) is not bool:
-        raise ConvertError(f"config.json: {name} is {value!r}, which is neither true nor false")
+        raise ConvertError(f"{name} is {value!r:.80}, which is neither true nor false")
     return value
 
 
@@ -278,10 +279,10 @@ def from_config(config):
         return knobs, CRYSTAL, "transformer.h", True, heads
     if kind not in ("llama", "stablelm"):
         reason = "GPT-2 has learned positions and an MLP without gate; " if kind == "gpt2" else ""
-        raise ConvertError(f"model_type {kind!r} does not fit: {reason}there are crystalcoder, llama and stablelm")
+        raise ConvertError(f"model_type {kind!r:.80} does not fit: {reason}there are crystalcoder, llama and stablelm")
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise ConvertError(f"config.json: rope_parameters is {scaling!r}, which is no object")
+        raise ConvertError(f"rope_parameters is {scaling!r:.80}, which is no object")
     rope = config | scaling
     require(rope, rope_theta=(10000.0, [10000.0]), rope_type=(rope.get("type", "default"), ["default"]))
     heads, width = number(config, "num_attention_heads"), number(config, "hidden_size")
@@ -305,7 +306,10 @@ def from_config(config):
 
 def from_hugging_face(folder, config):
     """A folder and what its config.json says -> (GPTConfig, {our parameter's name: fp32 tensor}). ConvertError."""
-    knobs, layout, blocks, neighbours, kv_heads = from_config(config)
+    try:
+        knobs, layout, blocks, neighbours, kv_heads = from_config(config)
+    except ConvertError as error:
+        raise ConvertError(f"{folder}/config.json: {error}") from None
     found = read_weights(folder)
     used = {"lm_head.weight"} if knobs["tie"] else set()  # there it is a copy
     used |= {name for name in found if name.endswith(BUFFERS)}
@@ -314,13 +318,11 @@ def from_hugging_face(folder, config):
     try:
         model_config = GPTConfig(**knobs, bias=bool(biases - used))
     except ValueError as error:
-        raise ConvertError(f"{folder}: config.json: {error}") from None
+        raise ConvertError(f"{folder}/config.json: {error}") from None
     if model_config.n_head % kv_heads:
-        raise ConvertError(f"{folder}: config.json: {kv_heads} heads of keys do not divide {model_config.n_head}")
+        raise ConvertError(f"{folder}/config.json: {kv_heads} heads of keys do not divide {model_config.n_head}")
     if model_config.n_layer > len(found):  # a model of so many would take for ever to build
-        raise ConvertError(
-            f"{folder}: config.json says {model_config.n_layer:,} layers, there are {len(found)} tensors"
-        )
+        raise ConvertError(f"{folder}/config.json says {model_config.n_layer:,} layers, there are {len(found)} tensors")
     with torch.device("meta"):
         model = GPT(model_config)
     made = {}
@@ -410,7 +412,8 @@ def parts_of(index):
 def read_bin(path):
     """{name: tensor} of what torch.save wrote; other things are refused before they are looked up."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a pickle may raise any
         raise ConvertError(f"{path} is damaged, or holds more than tensors ({type(error).__name__})") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
@@ -466,10 +469,10 @@ def check_header(header, size):
         about = about if isinstance(about, dict) else {}
         dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not isinstance(dtype, str) or dtype not in BITS:
-            raise ValueError(f"{name} is of the unknown dtype {dtype!r}")
+            raise ValueError(f"{name} is of the unknown dtype {dtype!r:.80}")
         whole = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
         if not whole or not all(type(n) is int and n >= 0 for n in shape + offsets):
-            raise ValueError(f"{name} has shape {shape!r} and data_offsets {offsets!r}")
+            raise ValueError(f"{name} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
         if offsets[1] - offsets[0] != -(-math.prod(shape) * BITS[dtype] // 8):
             raise ValueError(f"{name}, {shape} of {dtype}, does not fill bytes {offsets[0]} to {offsets[1]}")
         places[name] = (dtype, shape, *offsets)

@@ -100,7 +100,7 @@ def find(about, *folders):
         return None
     fields = {"name": str, "vocab_size": int, "sha256": str}
     if not isinstance(about, dict) or any(type(about.get(field)) is not kind for field, kind in fields.items()):
-        raise TokenizerError(f"{about!r} describes no tokenizer: it has not {', '.join(fields)}")
+        raise TokenizerError(f"{about!r:.80} describes no tokenizer: it has not {', '.join(fields)}")
     name = about["name"]
     if name == "nanocrystal" or name in tiktoken.list_encoding_names():
         paths, encodings = [name], [load(name, about["vocab_size"])]
