@@ -321,8 +321,6 @@ def from_hugging_face(folder, config):
         raise ConvertError(f"{folder}/config.json: {error}") from None
     if model_config.n_head % kv_heads:
         raise ConvertError(f"{folder}/config.json: {kv_heads} heads of keys do not divide {model_config.n_head}")
-    if model_config.n_layer > len(found):  # a model of so many would take for ever to build
-        raise ConvertError(f"{folder}/config.json says {model_config.n_layer:,} layers, there are {len(found)} tensors")
     with torch.device("meta"):
         model = GPT(model_config)
     made = {}
@@ -397,10 +395,7 @@ def read_weights(folder):
 
 def parts_of(index):
     """The files that an index names, all of them in its folder."""
-    names = files.read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ConvertError(f"{index} has no weight_map from tensors to files")
-    names = sorted({*names.values()})
+    names = sorted({*files.read_json(index, {"weight_map": {...: str}})["weight_map"].values()})
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ConvertError(f"{index} names {name!r}, which is not in its folder")

@@ -92,7 +92,9 @@ def encode(text):
     while start < len(text):
         cut = SAFE_CUT.search(text, start + STRETCH, start + 2 * STRETCH)
         stop = cut.end() if cut else start + 2 * STRETCH
-        ids.append(ENCODING.encode_to_numpy(text[start:stop], disallowed_special=()))
+        further = start and getattr(ENCODING, "encode_further", None)
+        part = text[start:stop]
+        ids.append(further(part) if further else ENCODING.encode_to_numpy(part, disallowed_special=()))
         start = stop
     return np.concatenate([*ids, [EOT]], dtype="<u2", casting="unsafe")  # tokenizer.load has seen that ids fit
 

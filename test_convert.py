@@ -50,8 +50,9 @@ def random_model(**knobs):
 
 def saved(model, folder):
     """A checkpoint of a model, as train.py leaves one."""
-    state = {"step": 7, "phase": "p", "tokens": 7, "drawn": {}, "mix": {"sources": {}}, "model": vars(model.config),
-             "tokenizer": ABOUT, "config": {"data": "data", "mix": {}, "objective": {}}}  # fmt: skip
+    state = {"step": 7, "phase": "p", "tokens": 7, "sample": 7, "start": {}, "first_token": 0, "drawn": {},
+             "mix": {"sources": {}}, "model": vars(model.config), "tokenizer": ABOUT,
+             "config": {"data": "data", "mix": {}, "objective": {}}}  # fmt: skip
     tensors = {"model": {name: p.detach() for name, p in model.named_parameters()}}
     checkpoint.save(folder / "checkpoints", 7, tensors, state, keep=1)
     return folder

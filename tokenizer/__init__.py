@@ -13,6 +13,7 @@ The tokenizer: 32,000 byte-level BPE ranks (nanocrystal.tiktoken, made by train.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -98,9 +99,8 @@ def find(about, *folders):
     """
     if about is None:
         return None
-    fields = {"name": str, "vocab_size": int, "sha256": str}
-    if not isinstance(about, dict) or any(type(about.get(field)) is not kind for field, kind in fields.items()):
-        raise TokenizerError(f"{about!r:.80} describes no tokenizer: it has not {', '.join(fields)}")
+    if wrong := files.misfit(about, {"name": str, "vocab_size": int, "sha256": str}, "tokenizer"):
+        raise TokenizerError(wrong)
     name = about["name"]
     if name == "nanocrystal" or name in tiktoken.list_encoding_names():
         paths, encodings = [name], [load(name, about["vocab_size"])]
@@ -238,6 +238,19 @@ class FileEncoding:
 
     def encode_to_numpy(self, text, disallowed_special=()):
         return np.array(self.encode_ordinary(text), np.uint32)
+
+    def encode_further(self, text):
+        """Ids, uint32, of what comes after other text, where SentencePiece puts no space."""
+        return np.array(self._further.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    @functools.cached_property
+    def _further(self):
+        further = re.sub(
+            r'{"type":"Prepend","prepend":"[^"]*"}', '{"type":"Sequence","normalizers":[]}', self.bpe.to_str()
+        )
+        further = type(self.bpe).from_str(re.sub(r'"prepend_scheme":"\w+"', '"prepend_scheme":"never"', further))
+        further.encode_special_tokens = True
+        return further
 
     def encode_single_token(self, name):
         return self._special_tokens[name]
