@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import random
+import shlex
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 
 import checkpoint
 import convert
+import eval as evaluation
+import sample
 import tokenizer
 import train
 from conftest import ROOT, losses, run
@@ -293,7 +297,8 @@ def llama_folder(folder, weights=None, **changes):
         "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0,
     } | changes  # fmt: skip
     generator = torch.Generator().manual_seed(5)
-    shapes = {"model.embed_tokens": (512, 64), "lm_head": (512, 64), "model.norm": (64,)}
+    rows = config["vocab_size"], 64
+    shapes = {"model.embed_tokens": rows, "lm_head": rows, "model.norm": (64,)}
     for i in range(2):
         shapes |= {
             f"model.layers.{i}.self_attn.{n}_proj": (m, 64) for n, m in zip("qkvo", (64, 32, 32, 64), strict=True)
@@ -335,7 +340,36 @@ def test_a_llama_with_shared_keys_comes_in(tokens, tmp_path):
         (llama_folder, {"weights": {"model.layers.1.mlp.up_proj.weight": None}}, "has no model.layers.1.mlp.up_proj"),
         (llama_folder, {"weights": {"model.norm.weight": torch.ones(63)}}, "model.norm.weight is (63,)"),
         (llama_folder, {"weights": {"model.norm.weight": torch.ones(64).to(torch.int8)}}, "quantized"),
-        (llama_folder, {"hidden_size": None}, "config.json"),
+        (llama_folder, {"hidden_size": None}, "config.json: hidden_size is None"),
+        (llama_folder, {"hidden_size": "64"}, "config.json: hidden_size is '64'"),
+        (llama_folder, {"num_hidden_layers": 10**9}, "config.json: num_hidden_layers is 1000000000"),
+        (llama_folder, {"num_hidden_layers": 100}, "has no model.layers.2."),
+        (llama_folder, {"max_position_embeddings": -1}, "config.json: max_position_embeddings is -1"),
+        (llama_folder, {"num_attention_heads": 3}, "config.json: n_embd = 64 is not a multiple"),
+        (llama_folder, {"num_key_value_heads": 3}, "config.json: 3 heads of keys do not divide 4"),
+        (llama_folder, {"tie_word_embeddings": "yes"}, "config.json: tie_word_embeddings is 'yes'"),
+        (llama_folder, {"rope_scaling": [2]}, "config.json: rope_parameters is [2]"),
+        (llama_folder, {"model_type": None}, "model_type None does not fit"),
+        (llama_folder, {"nanocrystal_tokenizer": [1]}, "tokenizer is [1], not an object"),
+        (llama_folder, {"nanocrystal_tokenizer": ABOUT | {"sha256": "0"}}, "another nanocrystal"),
+        (crystal_folder, {"rotary_dim": 9}, "config.json: rotary = 0.28125"),
+        (crystal_folder, {"n_positions": True}, "config.json: n_positions is True"),
+        (llama_folder, {"weights": {"lm_head.weight": torch.ones(512 * 64)}}, "lm_head.weight is (32768,)"),
+        (
+            llama_folder,
+            {"weights": {"lm_head.weight": torch.ones(64, 512)}},
+            "is (64, 512), config.json says (512, 64)",
+        ),
+        (
+            llama_folder,
+            {"weights": {"model.norm.weight": torch.full((64,), torch.nan)}},
+            "model.norm.weight has 64 of 64",
+        ),
+        (
+            llama_folder,
+            {"weights": {"model.norm.weight": torch.tensor([*[1.0] * 63, -torch.inf])}},
+            "has 1 of 64 numbers",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(make, changes, word, tmp_path, capsys):
@@ -359,35 +393,294 @@ def test_models_that_no_class_computes_are_refused(knobs, word, tmp_path, capsys
     assert word in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
-def test_damaged_files_and_existing_folders_are_named(tmp_path):
+def test_damaged_files_and_existing_folders_are_named(tmp_path, capsys):
     llama_folder(tmp_path / "llama")
     crystal_folder(tmp_path / "crystal")
+
+    def refused(source, target, words):
+        assert convert.main([str(tmp_path / source), str(target)]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
     for name, part in ("llama", "model-00002-of-00002.safetensors"), ("crystal", "pytorch_model-00002-of-00002.bin"):
         path = tmp_path / name / part
         for size in (path.stat().st_size - 100, 1000, 0):
             path.write_bytes(path.read_bytes()[:size])
-            done = run("convert.py", tmp_path / name, tmp_path / "out")
-            assert done.returncode == 2 and f"{path} is damaged" in done.stderr and done.stderr.count("\n") == 1
-    done = run("convert.py", tmp_path / "llama", tmp_path)
-    assert done.returncode == 2 and "exists; name a new folder" in done.stderr
-    done = run("convert.py", tmp_path / "nothing", tmp_path / "out")
-    assert done.returncode == 2 and "no checkpoint under" in done.stderr
+            refused(name, tmp_path / "out", f"{path} is damaged")
+    (tmp_path / "link").symlink_to("nowhere")
+    for target in (tmp_path, tmp_path / "link"):
+        refused("llama", target, "exists; name a new folder")
+    refused("nothing", tmp_path / "out", "no checkpoint under")
 
 
-def test_what_came_in_is_evaluated_and_trained_on(phases, data, tmp_path, capsys):
+@pytest.mark.parametrize("rows, about", [(512, ABOUT), (640, ABOUT), (640, None)])  # 640: some only pad
+def test_what_came_in_is_evaluated_and_trained_on(rows, about, phases, data, tmp_path, capsys):
     weights = {f"model.layers.{i}.self_attn.{n}_proj.weight": torch.randn(64, 64) / 8 for i in range(2) for n in "kv"}
-    llama_folder(tmp_path / "llama", weights, num_key_value_heads=4, nanocrystal_tokenizer=ABOUT)
-    assert convert.main([str(tmp_path / "llama"), str(tmp_path / "came")]) == 0
-    knobs = capsys.readouterr().out.split("--init_from=")[1].split()[1:]
-    assert train.main([*phases("a", init_from=tmp_path / "came", share=0.1), *knobs]) == 0
+    known = {"nanocrystal_tokenizer": about} if about else {}
+    _, theirs = llama_folder(tmp_path / "llama", weights, num_key_value_heads=4, vocab_size=rows, **known)
+    assert convert.main([str(tmp_path / "llama"), str(tmp_path / "it's in")]) == 0
+    words = shlex.split(capsys.readouterr().out.split("<phase>.py ")[1])
+    assert train.main([*phases("a", share=0.1), *words]) == 0  # as was printed
     before = next(r["val"] for r in losses(tmp_path / "out", "a") if "val" in r)
-    windows = f"--limit={before['code']['tokens'] // 32}"
-    assert (
-        run("eval.py", tmp_path / "came", f"--sources={data}", windows, f"--out={tmp_path / 'r.json'}").returncode == 0
+    if about:
+        limit = f"--limit={before['code']['tokens'] // 32}"
+        arguments = tmp_path / "it's in", f"--sources={data}", limit, f"--out={tmp_path / 'r.json'}"
+        assert evaluation.main([str(word) for word in arguments]) == 0
+        scores = json.loads((tmp_path / "r.json").read_text())["tasks"]
+        for name in ("text", "code"):
+            assert scores[name]["scores"]["bpb"]["mean"] == pytest.approx(before[name]["bpb"], rel=1e-4)
+        assert sample.main([str(tmp_path / "it's in"), "--tokens=60", "--temperature=9", "--top_p=1"]) == 0
+    for source, n_rows in (tmp_path / "it's in", 512 if about else rows), (tmp_path / "out/a", 512):
+        target = tmp_path / f"hf {n_rows} {source.name}"
+        assert convert.main([str(source), str(target)]) == 0
+        weights = read(target / "model.safetensors")
+        assert len(weights["lm_head.weight"]) == len(weights["model.embed_tokens.weight"]) == n_rows
+        if source.name != "a":
+            assert torch.equal(weights["lm_head.weight"], theirs["lm_head.weight"][:n_rows])
+
+
+def own_tokenizer(data, folder):
+    """Sources that were prepared with folder/mine.json, of the same ids as `data`, named from within the folder."""
+    pytest.importorskip("tokenizers")
+    shutil.copytree(data, folder / "data")
+    (folder / "mine.json").write_text(json.dumps(convert.tokenizer_files(ENCODING, 32)["tokenizer.json"]))
+    encoding = tokenizer.load(str(folder / "mine.json"))
+    for record in folder.glob("data/*/meta.json"):
+        meta = json.loads(record.read_text())
+        meta["tokenizer"] |= {"name": "mine.json", "sha256": tokenizer.digest(encoding)}
+        record.write_text(json.dumps(meta))
+    return encoding
+
+
+@pytest.mark.parametrize("place", ["where it was", "beside a source"])
+def test_a_run_keeps_its_tokenizer(place, phases, data, tmp_path, monkeypatch, capsys):
+    encoding = own_tokenizer(data, tmp_path)
+    digest = tokenizer.digest(encoding)
+    monkeypatch.chdir(tmp_path)
+    if place == "beside a source":
+        (tmp_path / "mine.json").rename(tmp_path / "data/code/tokenizer.json")
+    knobs = {"data": tmp_path / "data", "share": 0.1}
+    assert train.main(phases("a", **knobs)) == 0
+    for path in (tmp_path / "data/code/tokenizer.json", tmp_path / "mine.json"):
+        path.unlink(missing_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "out/a", "moved")
+    assert sample.main(["moved", "--tokens=3"]) == 0
+    assert convert.main(["moved", "hf"]) == 0 and convert.main(["hf", "back"]) == 0
+    for folder in ("hf", "back"):
+        assert tokenizer.digest(tokenizer.load(f"{folder}/tokenizer.json")) == digest
+    capsys.readouterr()
+    assert train.main(phases("a", **knobs)) == 2 and "there is no mine.json" in capsys.readouterr().err
+    tokenizer.keep(encoding, tmp_path / "data/text")
+    assert train.main(phases("b", init_from="moved", out="next", **knobs)) == 0
+    assert tokenizer.digest(load_model(tmp_path / "next/b")[1]) == digest
+    Path("moved/tokenizer.json").write_text(
+        json.dumps(convert.tokenizer_files(tokenizer.load(vocab_size=400), 32)["tokenizer.json"])
     )
-    scores = json.loads((tmp_path / "r.json").read_text())["tasks"]
-    for name in ("text", "code"):
-        assert scores[name]["scores"]["bpb"]["mean"] == pytest.approx(before[name]["bpb"], rel=1e-4)
+    for command in (sample.main, ["moved"]), (convert.main, ["moved", "hf2"]):
+        assert command[0](command[1]) == 2 and "another mine.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_rows", [700, 640, 600, 576])
+def test_an_embedding_may_have_more_rows_than_ids_or_fewer_for_special_ones(n_rows, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    ids, end = 640, 576  # 576 for text, the end of text, 63 other special ones
+    _, theirs = llama_folder(tmp_path / "llama", vocab_size=n_rows)
+    whole = convert.tokenizer_files(tokenizer.load(vocab_size=ids), 32)["tokenizer.json"]
+    (tmp_path / "llama/tokenizer.json").write_text(json.dumps(whole))
+    code = convert.main([str(tmp_path / "llama"), str(tmp_path / "in")])
+    said = capsys.readouterr()
+    if n_rows == end:
+        assert code == 2 and "ids up to 576 for text, the embedding only 576 rows" in said.err
+        return
+    assert code == 0 and ("special ids beyond" in said.out) == (ids > n_rows)
+    for seed in range(3):
+        assert sample.main([str(tmp_path / "in"), "--tokens=60", "--temperature=9", "--top_p=1", f"--seed={seed}"]) == 0
+    assert convert.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    rows = read(tmp_path / "out/model.safetensors")["lm_head.weight"]
+    assert torch.equal(rows, theirs["lm_head.weight"][: min(ids, n_rows)])
+    assert (tmp_path / "out/tokenizer.json").read_text() == (tmp_path / "llama/tokenizer.json").read_text()
+
+
+# -------------------------------------------------------------------------------- what strangers' folders may hold
+
+
+def safetensors(path, change=None, data=None, text=None):
+    """Write a file of two tensors and a table, of which `change` may alter the header."""
+    header = {
+        "__metadata__": {"format": "pt"},
+        "b": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "a": {"dtype": "F16", "shape": [4], "data_offsets": [24, 32]},
+        "table": {"dtype": "F8_E4M3", "shape": [5], "data_offsets": [32, 37]},
+        "none": {"dtype": "I64", "shape": [0, 7], "data_offsets": [37, 37]},
+        "one": {"dtype": "BF16", "shape": [], "data_offsets": [37, 39]},
+    }
+    header = (change or (lambda header: header))(header) or header
+    text = json.dumps(header).encode() if text is None else text
+    path.write_bytes(len(text).to_bytes(8, "little") + text + (bytes(range(39)) if data is None else data))
+    return path
+
+
+def test_odd_but_right_safetensors_are_read(tmp_path):
+    found = convert.read_safetensors(safetensors(tmp_path / "x", lambda header: dict(reversed(header.items()))))
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "one": (), "none": (0, 7), "table": (5,), "a": (4,), "b": (2, 3),
+    }  # fmt: skip
+    assert found["b"].numpy().tobytes() == bytes(range(24)) and found["a"].dtype == torch.float16
+    padded = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode() + b" " * 99
+    assert convert.read_safetensors(safetensors(tmp_path / "y", data=b"7", text=padded))["a"].tolist() == [55]
+
+
+HEADERS = {
+    "before the file": (lambda h: h["b"].update(data_offsets=[-24, 0]), "data_offsets [-24, 0]"),
+    "bytes shared": (lambda h: h["a"].update(data_offsets=[20, 28]), "a begins at byte 20"),
+    "bytes skipped": (lambda h: h["a"].update(data_offsets=[26, 34]), "a begins at byte 26"),
+    "another size": (lambda h: h["b"].update(shape=[2, 4]), "b, [2, 4] of F32, does not fill bytes 0 to 24"),
+    "a negative shape": (lambda h: h["b"].update(shape=[-2, -3]), "b has shape [-2, -3]"),
+    "half a number": (lambda h: h["b"].update(shape=[2.0, 3]), "b has shape [2.0, 3]"),
+    "an unknown dtype": (lambda h: h["b"].update(dtype="F31"), "b is of the unknown dtype 'F31'"),
+    "no offsets": (lambda h: {**h, "b": {"dtype": "F32", "shape": [2, 3]}}, "data_offsets None"),
+    "no object": (lambda h: {**h, "b": None}, "b is of the unknown dtype None"),
+    "bytes left over": (lambda h: {k: v for k, v in h.items() if k != "one"}, "take 37 bytes, it has 39"),
+}  # fmt: skip
+FILES = {
+    "cut": {"data": bytes(38)},
+    "longer": {"data": bytes(40)},
+    "a list": {"text": b"[1,2]"},
+    "null": {"text": b"null"},
+    "twice": {"text": b'{"a": 1, "a": 1}'},
+    "deep": {"text": b"[" * 100_000},
+    "not UTF-8": {"text": b'{"\xff": 1}'},
+    "no header": {"text": b""},
+}
+
+
+@pytest.mark.parametrize("name", [*HEADERS, *FILES])
+def test_safetensors_whose_bytes_do_not_add_up_are_refused(name, tmp_path):
+    change, words = HEADERS.get(name, (None, ""))
+    path = safetensors(tmp_path / "model.safetensors", change, **FILES.get(name, {}))
+    with pytest.raises(convert.ConvertError) as refused:
+        convert.read_safetensors(path)
+    assert str(refused.value).startswith(f"{path} is damaged") and words in str(refused.value)
+
+
+class Command:
+    def __reduce__(self):
+        return print, ("a pickle has run a command",)
+
+
+def broken(folder, name, content):
+    llama_folder(folder)
+    files = {file: folder / file for file in ("config.json", "model.safetensors.index.json")}
+    if isinstance(content, bytes):
+        files[name].write_bytes(content)
+    else:
+        for part in folder.glob("model*"):
+            part.unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("config.json", b"", "config.json is not JSON"),
+        ("config.json", b'["llama"]', "config.json: it is"),
+        ("config.json", b"\xff\xfe{", "config.json is not JSON"),
+        ("config.json", b"{}", "model_type None"),
+        ("model.safetensors.index.json", b"[]", "index.json: it is"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "weight_map.a is 1"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../theirs/config.json"}}', "not in its folder"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "/etc/passwd"}}', "not in its folder"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}', "which is not there"),
+        ("pytorch_model.bin", Command(), "holds more than tensors"),
+        ("pytorch_model.bin", {"model.norm.weight": Command()}, "holds more than tensors"),
+        ("pytorch_model.bin", {"state_dict": {"a": torch.ones(1)}}, "state_dict is no plain tensor"),
+        ("pytorch_model.bin", {"a": torch.ones(2, 2).to_sparse()}, "a is no plain tensor"),
+        ("pytorch_model.bin", [torch.ones(1)], "is no dict of tensors"),
+    ],
+)
+def test_hostile_folders_are_refused_in_one_line(name, content, words, tmp_path, capsys):
+    broken(tmp_path / "theirs", name, content)
+    assert convert.main([str(tmp_path / "theirs"), str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.count("\n") == 1 and "has run" not in out
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_what_is_missing_or_there_twice_is_named(tmp_path, capsys):
+    llama_folder(tmp_path / "llama")
+    part = next((tmp_path / "llama").glob("model-00001*"))
+    index = tmp_path / "llama/model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    (part.with_name("again.safetensors")).write_bytes(part.read_bytes())
+    index.write_text(json.dumps({"weight_map": names | {"x": "again.safetensors"}}))
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/a person's").write_text("work")
+    assert convert.main([str(tmp_path / "llama"), str(tmp_path / "out")]) == 2
+    assert "again.safetensors and in" in capsys.readouterr().err
+    index.write_text(json.dumps({"weight_map": names}))
+    config = tmp_path / "llama/config.json"
+    config.write_bytes("\ufeff".encode() + config.read_bytes())  # as an editor may leave it
+    assert convert.main([str(tmp_path / "llama"), str(tmp_path / "out")]) == 0
+    config.unlink()
+    assert convert.main([str(tmp_path / "llama"), str(tmp_path / "out2")]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert (tmp_path / "out.tmp/a person's").read_text() == "work"
+
+
+# ------------------------------------------------------------------------------------- checkpoints that cannot be meant
+
+
+def rewritten(folder, **entries):
+    """Change entries of a checkpoint's state.json, as if they had been saved like that."""
+    (state,) = folder.glob("checkpoints/*/state.json")
+    content = json.loads(state.read_text())
+    content["model"] |= entries.pop("model", {})
+    state.write_text(json.dumps(content | entries))
+    marker = state.with_name(checkpoint.MARKER)
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state.json": checkpoint.sha256(state)}))
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"model": {"n_layer": 10**9}}, "n_layer = 1,000,000,000"),
+        ({"model": {"n_layer": 100}}, "blocks.2.ln_1.weight is missing"),
+        ({"model": {"n_embd": 128}}, "wte.weight is (640, 64), state.json says (640, 128)"),
+        ({"model": {"n_head": "2"}}, "n_head = '2' is not of type int"),
+        ({"model": {"tie": 1}}, "tie = 1 is not of type bool"),
+        ({"model": {"vocab_real": 641}}, "vocab_real = 641"),
+        ({"model": {"heads": 2}}, "heads"),
+        ({"model": {"vocab_size": 320, "vocab_real": 320}}, "makes higher ids"),
+        ({"config": []}, "config is []"),
+        ({"phase": None}, "phase is null"),
+        ({"tokenizer": {"name": 1}}, "tokenizer"),
+        ({"tokenizer": ABOUT | {"sha256": ""}}, "another nanocrystal"),
+        ({"tokenizer": ABOUT | {"name": "gone.json"}}, "there is no gone.json"),
+    ],
+)
+def test_a_checkpoint_that_describes_another_model_is_refused_in_one_line(entries, words, tmp_path, capsys):
+    rewritten(saved(random_model(), tmp_path / "out"), **entries)
+    assert sample.main([str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path, capsys):
+    model = random_model()
+    with torch.no_grad():
+        model.ln_f.weight[:3] = 1e30  # more than float16 holds
+    saved(model, tmp_path / "large")
+    assert convert.main([str(tmp_path / "large"), str(tmp_path / "hf"), "--dtype=float16"]) == 2
+    assert "model.norm.weight has 3 of 64 numbers" in capsys.readouterr().err
+    with torch.no_grad():
+        model.ln_f.weight[:2] = torch.tensor([torch.nan, torch.inf])
+    saved(model, tmp_path / "nan")
+    for main, arguments in (sample.main, []), (convert.main, [str(tmp_path / "hf")]):
+        assert main([str(tmp_path / "nan"), *arguments]) == 2
+        assert "2 numbers of ln_f.weight are NaN or infinite" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 # ----------------------------------------------------------------------------------- where their programs are installed
@@ -476,7 +769,7 @@ def test_a_sentencepiece_tokenizer_is_read(tmp_path):
     cut = "日".encode()
     pieces = encoding._encode_single_piece(cut[:2]) + encoding._encode_single_piece(cut[2:])
     assert b"".join(map(encoding.decode_single_token_bytes, pieces)) == cut
-    llama_folder(tmp_path / "llama")
+    llama_folder(tmp_path / "llama", vocab_size=640)
     (tmp_path / "llama/tokenizer.json").write_text(json.dumps(whole))
     assert convert.main([str(tmp_path / "llama"), str(tmp_path / "out")]) == 0
     (tmp_path / "out").rename(tmp_path / "elsewhere")  # it takes its tokenizer along
