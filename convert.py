@@ -11,7 +11,8 @@ tokenizer puts an end of text before a text, as training does, and takes the nam
 
 In: safetensors or pytorch_model.bin, whole or in parts. Crystal keeps its muP; its rotary channels are pairs of
 neighbours (GPT-J) and are put into halves, as are all of ours. Heads that share keys and values get copies of them.
-The new checkpoint is at step 0 of no phase, in fp32.
+Rows beyond the ids of tokenizer.json only pad, and get no probability. The new checkpoint is at step 0 of no phase, in
+fp32.
 
 What one side cannot represent is refused, with the reason.
 """

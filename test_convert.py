@@ -3,12 +3,14 @@
 `pip install transformers` turns on what is compared with transformers itself.
 """
 
+import importlib
 import itertools
 import json
 import os
 import random
 import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -775,6 +777,12 @@ def test_a_sentencepiece_tokenizer_is_read(tmp_path):
     (tmp_path / "out").rename(tmp_path / "elsewhere")  # it takes its tokenizer along
     _, found, _ = load_model(tmp_path / "elsewhere")
     assert tokenizer.digest(found) == tokenizer.digest(encoding)
+    assert convert.main([str(tmp_path / "elsewhere"), str(tmp_path / "exported")]) == 0
+    if find_spec("transformers"):
+        theirs = importlib.import_module("transformers").AutoTokenizer.from_pretrained(tmp_path / "exported")
+        for text in ("def f(x):\n    return x", "naïve 日本", "</s> is text", " x "):
+            assert theirs(text)["input_ids"] == [1, *encoding.encode_ordinary(text)]
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
     file = tmp_path / "elsewhere/tokenizer.json"
     done = run("prepare.py", f"code={ROOT / 'mix.py'}", f"--out={tmp_path / 'data'}", f"--tokenizer={file}", "--val=0")
     assert done.returncode == 0, done.stderr

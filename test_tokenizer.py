@@ -163,6 +163,13 @@ def test_a_tokenizer_that_loses_text_is_refused_with_what_it_loses(name, tmp_pat
     assert words in str(refused.value) and str(tmp_path / "t.json") in str(refused.value)
 
 
+def test_what_was_trained_with_a_tokenizer_that_loses_text_can_still_be_used(tmp_path):
+    path = written(tmp_path / "tokenizer.json", LOSE["lower case"][0]())
+    encoding = tokenizer.FileEncoding(path, check=False)
+    about = {"name": "mine.json", "vocab_size": encoding.n_vocab, "sha256": tokenizer.digest(encoding)}
+    assert tokenizer.find(about, tmp_path).decode(encoding.encode_ordinary("Hello")) == "hello"
+
+
 def test_a_tokenizer_is_found_by_its_digest_or_missed_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("run", "source", "empty"):

@@ -106,7 +106,7 @@ def find(about, *folders):
         paths, encodings = [name], [load(name, about["vocab_size"])]
     else:
         paths = [path for path in (*(Path(folder) / COPY for folder in folders), errors.path(name)) if path.is_file()]
-        encodings = (FileEncoding(path) for path in paths)
+        encodings = (FileEncoding(path, check=False) for path in paths)  # whatever it loses, it was used
     for encoding in encodings:
         if digest(encoding) == about["sha256"]:
             return encoding
@@ -165,11 +165,11 @@ class FileEncoding:
 
     Byte-level BPE (GPT-2, Llama 3) and SentencePiece's BPE with bytes for rare characters (Llama 2, Crystal). What its
     text calls </s> or <|end_of_text|> is <|endoftext|> here. Truncation, padding, dropout and NFC are switched off, and
-    a tokenizer that does not give SAMPLES back is refused: all but SentencePiece's space before a text, and its own
-    sign for a space, U+2581. Raises TokenizerError.
+    a tokenizer that does not give SAMPLES back is refused, unless `check` is false. SentencePiece may put its space
+    before a text, and take its own sign for a space, U+2581, for one. Raises TokenizerError.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, check=True):
         try:
             from tokenizers import Tokenizer, normalizers
         except ImportError:
@@ -193,7 +193,7 @@ class FileEncoding:
         if not ends or self.n_vocab > 1 << 16:
             why = f"{self.n_vocab:,} ids, more than uint16 holds" if ends else "no end of text among its special tokens"
             raise TokenizerError(f"{path} has {why}")
-        if len({*vocabulary.values()}) < len(vocabulary):
+        if check and len({*vocabulary.values()}) < len(vocabulary):
             raise TokenizerError(f"{path} has two tokens of one id")
         self._special_tokens["<|endoftext|>"] = self._special_tokens[ends[0]]
         self.special_tokens_set = set(self._special_tokens)
@@ -207,12 +207,13 @@ class FileEncoding:
             if i not in special:
                 literal = self.byte_level and i in added
                 self.token_bytes[i] = token.encode() if literal else self._bytes_of(token)
-        replaced = re.findall(rb'{"String":("(?:[^"\\]|\\.)*")}', steps)
-        self._check([*SAMPLES, "".join(f"a {token.content} b{token.content}c" for token in added.values()),
-                     *map(json.loads, replaced)])  # fmt: skip
+        if check:
+            named = "".join(f"a {token.content} b{token.content}c" for token in added.values())
+            replaced = map(json.loads, re.findall(rb'{"String":("(?:[^"\\]|\\.)*")}', steps))
+            self._check([*SAMPLES, named, *replaced])
 
     def __reduce__(self):  # the library forgets encode_special_tokens
-        return FileEncoding, (self.name,)
+        return FileEncoding, (self.name, False)
 
     def _check(self, texts):
         """Refuse a tokenizer that does not give one of the texts back, and name the first thing that is lost."""
