@@ -497,6 +497,8 @@ def test_an_embedding_may_have_more_rows_than_ids_or_fewer_for_special_ones(n_ro
         assert code == 2 and "ids up to 576 for text, the embedding only 576 rows" in said.err
         return
     assert code == 0 and ("special ids beyond" in said.out) == (ids > n_rows)
+    model = load_model(tmp_path / "in")[2]["model"]
+    assert (model["vocab_size"], model["vocab_real"]) == (max(ids, n_rows), min(ids, n_rows))
     for seed in range(3):
         assert sample.main([str(tmp_path / "in"), "--tokens=60", "--temperature=9", "--top_p=1", f"--seed={seed}"]) == 0
     assert convert.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 0
@@ -530,10 +532,11 @@ def test_odd_but_right_safetensors_are_read(tmp_path):
         "one": (), "none": (0, 7), "table": (5,), "a": (4,), "b": (2, 3),
     }  # fmt: skip
     assert found["b"].numpy().tobytes() == bytes(range(24)) and found["a"].dtype == torch.float16
-    padded = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode() + b" " * 99
+    padded = json.dumps({"a": A_BYTE}).encode() + b" " * 99
     assert convert.read_safetensors(safetensors(tmp_path / "y", data=b"7", text=padded))["a"].tolist() == [55]
 
 
+A_BYTE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
 HEADERS = {
     "before the file": (lambda h: h["b"].update(data_offsets=[-24, 0]), "data_offsets [-24, 0]"),
     "bytes shared": (lambda h: h["a"].update(data_offsets=[20, 28]), "a begins at byte 20"),
@@ -551,7 +554,7 @@ FILES = {
     "longer": {"data": bytes(40)},
     "a list": {"text": b"[1,2]"},
     "null": {"text": b"null"},
-    "twice": {"text": b'{"a": 1, "a": 1}'},
+    "twice": {"text": f'{{"a": {json.dumps(A_BYTE)}, "a": {json.dumps(A_BYTE)}}}'.encode(), "data": b"7"},
     "deep": {"text": b"[" * 100_000},
     "not UTF-8": {"text": b'{"\xff": 1}'},
     "no header": {"text": b""},
