@@ -388,13 +388,14 @@ def survey(mix, name, batch):
 
 
 def prepare_corpus(cfg, names):
-    """Prepare the default corpus if that is asked for and there is no data at all."""
+    """Prepare the default corpus if that is asked for and there is no data at all, in a folder that is free for it."""
     folder = Path(cfg.data)
     begun, empty = (folder / "corpus").is_dir(), not any(folder.glob("*/*.bin"))
     missing = any(not (folder / name / "meta.json").exists() for name in names)
     if set(names) <= {"text", "code"} and missing and (begun or empty):
         import prepare
 
+        prepare.check_default(folder)
         print(f"{folder}/ is empty or unfinished: preparing text and code from this Python installation")
         try:
             prepare.prepare_default(folder)
