@@ -27,15 +27,21 @@ of text, or what a foreign tokenizer puts there.
 import bisect
 import collections
 import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
 import lzma
 import math
 import re
+import reprlib
 import sys
+import tempfile
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,24 +54,17 @@ import sandbox
 import tokenizer
 from errors import UserError
 from kernels import dense_mask
-from machine import keep_memory
-from mix import Source
+from machine import device_named, keep_memory
+from mix import Source, find_shards
+from plot import pyplot, save
 from processes import all_reduce, rank, world
-from sample import fill, load_model, trained_layout, trim, vocabulary_for
+from sample import SEED, TEMPERATURE, TOP_P, fill, load_model, trained_layout, trim, vocabulary_for
 
 ALGORITHM = 2  # raise it when the examples of held-out parts change: study.py then evaluates again
 QUICK = (
     "blimp", "lambada", "hellaswag", "piqa", "arc_easy", "sciq", "basic_skills", "py_minpairs", "py_ident",
     "code_brackets", "mt_mbpp", "conala",
 )  # fmt: skip
-FIELDS = {
-    "choice": ("context", "sep", "choices", "answer"),
-    "schema": ("contexts", "sep", "continuation", "answer"),
-    "completion": ("context", "sep", "answer"),
-    "code": ("prompt", "solution"),
-    "infill": ("prompt", "suffix", "answer"),
-    "text": ("text",),
-}
 SCORES = ("acc", "acc_norm", "p", "suffix_gain", "stops", "exact")
 FUNCTION_ENDS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\n```")  # where a begun function is over
 PROGRAM_ENDS = ("\nassert", '\n"""', "\nif", "\nprint", "\n```")  # where one is that a text asked for
@@ -78,6 +77,48 @@ class EvalError(UserError):
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
+class Field(NamedTuple):
+    """What a field of an example holds."""
+
+    wanted: str
+    fits: Callable  # (value, example, whose fields before this one have been looked at) -> bool
+    needed: bool = True
+
+
+def is_text(value, _=None):
+    """A string that has a form in UTF-8; JSON can also spell halves of characters."""
+    return isinstance(value, str) and not HALF.search(value)
+
+
+def is_answer(value, _=None):
+    return is_text(value) and value != ""
+
+
+def several(is_member):
+    return lambda value, _: isinstance(value, list) and len(value) > 1 and all(map(is_member, value))
+
+
+def index_into(field):
+    return Field(f"the place of one of the {field}, from 0 on",
+                 lambda value, example: type(value) is int and 0 <= value < len(example[field]))  # fmt: skip
+
+
+HALF = re.compile("[\ud800-\udfff]")
+TEXT, ANSWER = Field("a text", is_text), Field("a text that is not empty", is_answer)
+CHOICES = Field("a list of two or more texts that are not empty", several(is_answer))
+RUNNING = {"tests": ANSWER._replace(needed=False), "lang": TEXT._replace(needed=False)}
+FIELDS = {
+    "choice": {"context": TEXT, "sep": TEXT, "choices": CHOICES, "answer": index_into("choices")},
+    "schema": {"contexts": Field("a list of two or more texts", several(is_text)), "sep": TEXT, "continuation": ANSWER,
+               "answer": index_into("contexts")},
+    "completion": {"context": TEXT, "sep": TEXT, "answer": ANSWER},
+    "code": {"prompt": TEXT, "solution": ANSWER} | RUNNING,
+    "infill": {"prompt": TEXT, "suffix": TEXT, "answer": TEXT} | RUNNING,
+    "text": {"text": ANSWER},
+}  # fmt: skip
+OPENED_BY = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}  # task files, by how their names end
+
+
 @dataclasses.dataclass
 class Task:
     name: str
@@ -85,39 +126,102 @@ class Task:
     group: str
     examples: list  # of dicts
     sha256: str  # of all examples
+    places: list = ()  # "quiz.jsonl, line 3" of every example that was read from a file
+
+
+def ending(path):
+    """Which of OPENED_BY the name of a task file ends in, in upper case or lower; "" of other files, as quiz.jsonl~,
+    and of hidden ones."""
+    fits = (end for end in OPENED_BY if path.name.lower().endswith(end))
+    return "" if path.name.startswith(".") else next(fits, "")
 
 
 def read_tasks(folder, names, limit):
-    """Tasks of a folder of <name>.jsonl or <name>.jsonl.xz, their first `limit` examples. names: of tasks, or of groups
+    """Tasks of a folder of <name>.jsonl, also .gz or .xz, their first `limit` examples. names: of tasks, or of groups
     that tasks.json there knows, "quick" or "all". EvalError."""
-    paths = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
-    about = json.loads((folder / "tasks.json").read_text()) if (folder / "tasks.json").exists() else {}
+    if not folder.is_dir():
+        raise EvalError(f"there is no folder {folder} of task files")
+    paths = collections.defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if end := ending(path):
+            paths[path.name[: -len(end)]].append(path)
+    group_of = read_groups(folder / "tasks.json", paths)
     wanted = []
     for name in names:
-        group = [task for task in paths if about.get(task, {}).get("group") == name]
+        group = [task for task in paths if group_of.get(task) == name]
         known = {name: group, "quick": [task for task in QUICK if task in paths], "all": [*paths]}
         found = [name] if name in paths else known[name]
         if not found:
             raise EvalError(f"{folder} has no task or group {name!r}; it has {', '.join(paths) or 'no .jsonl files'}")
         wanted += found
-    return [read_task(paths[name], about.get(name, {}).get("group", "other"), limit) for name in dict.fromkeys(wanted)]
+    for name in wanted:
+        if len(paths[name]) > 1:
+            raise EvalError(f"{' and '.join(map(str, paths[name]))} are both the task {name}; move one away")
+    return [read_task(name, *paths[name], group_of.get(name, "other"), limit) for name in dict.fromkeys(wanted)]
 
 
-def read_task(path, group, limit):
-    with lzma.open(path, "rt") if path.suffix == ".xz" else open(path, encoding="utf-8") as f:
-        lines = [*itertools.islice(f, limit)]
+def read_groups(path, tasks):
+    """{task: its group} from a tasks.json, if there is one; it may tell more, and of other tasks. EvalError."""
+    about = files.read_json(path) if path.exists() else {}
+    if strange := files.misfit({task: about[task] for task in tasks if task in about}, {...: dict}):
+        raise EvalError(f"{path}: {strange} is no object")
+    group_of = {task: about[task]["group"] for task in tasks if about.get(task, {}).get("group") is not None}
+    if strange := files.misfit(group_of, {...: str}):
+        raise EvalError(f"{path}: the group of {strange} is no text")
+    return group_of
+
+
+def read_task(name, path, group, limit):
+    """The first `limit` examples of a task file, each of them checked. Blank lines are nothing, and so is a null.
+    EvalError names the line."""
+    lines, examples, places, kind = [], [], [], None
     try:
-        examples = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise EvalError(f"{path} is not JSON lines: {error}") from None
-    kind = examples[0].get("kind") if examples else None
-    if kind not in FIELDS:
-        raise EvalError(f"{path} has kind {kind!r}, which is none of {', '.join(FIELDS)}")
-    for n, example in enumerate(examples, 1):
-        if lacking := [field for field in FIELDS[kind] if field not in example]:
-            raise EvalError(f"{path}, line {n}, lacks {', '.join(lacking)}, which kind {kind} needs")
+        with OPENED_BY[ending(path)](path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                lines.append(line)
+                places.append(f"{path}, line {number}")
+                examples.append(parse_line(line, places[-1]))
+                kind = kind or examples[-1].get("kind")
+                if wrong := mistake(examples[-1], kind):
+                    raise EvalError(f"{places[-1]}{wrong}")
+                if len(examples) == limit:
+                    break
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise EvalError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+    if not examples:
+        raise EvalError(f"{path} has no examples in it")
     sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
-    return Task(path.name.split(".")[0], kind, group, examples, sha256)
+    return Task(name, kind, group, examples, sha256, places)
+
+
+def parse_line(line, place):
+    """A line of a task file as a dict of what is not null. EvalError."""
+    try:
+        example = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        where = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise EvalError(f"{place}{where}, is not JSON: {getattr(error, 'msg', error)}") from None
+    if not isinstance(example, dict):
+        raise EvalError(f"{place}, holds no JSON object but {reprlib.repr(example)}")
+    return {field: value for field, value in example.items() if value is not None}
+
+
+def mistake(example, kind):
+    """What is wrong with an example of a file of a kind, to be said after its place; None if it can be scored."""
+    if kind not in [*FIELDS]:
+        return f", has kind {reprlib.repr(kind)}, which is none of {', '.join(FIELDS)}"
+    if example.get("kind", kind) != kind:
+        return f", has kind {reprlib.repr(example['kind'])}, the lines before it {kind!r}; a file has one kind"
+    for name, field in FIELDS[kind].items():
+        if name not in example and field.needed:
+            return f", lacks {name}, which kind {kind} needs"
+        if name in example and not field.fits(example[name], example):
+            return f": {name} is {reprlib.repr(example[name])}; it has to be {field.wanted}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------ log-likelihoods
@@ -151,7 +255,7 @@ def split(encode, context, continuation):
 def requests(example, kind, encode, start, layout, vocabulary, block_size):
     """What is to be scored of an example: [(context ids, [continuation ids, ...])]."""
     if kind == "text":
-        ids, made = example.get("ids") or [start, *encode(example["text"])], []
+        ids, made = [start, *encode(example["text"])] if "text" in example else example["ids"], []
         for begin in range(0, len(ids) - 1, block_size):  # every token once, the last ones after a full context
             end = min(begin + block_size, len(ids) - 1)
             first = max(0, end - block_size)
@@ -170,6 +274,18 @@ def requests(example, kind, encode, start, layout, vocabulary, block_size):
         else:
             made.append(([start, *head], [rest]))
     return made
+
+
+def ask(task, encoding, layout, vocabulary, block_size):
+    """`requests` of every example of a task. EvalError if a text has no token of its own, as "rn" after "retu" where
+    "return" is one token: it would be certain. The middle of a hole may be empty."""
+    encode, start = encoding.encode_ordinary, tokenizer.start(encoding)
+    asked = [requests(e, task.kind, encode, start, layout, vocabulary, block_size) for e in task.examples]
+    for n, some in enumerate(asked):
+        continuations = [ids for _, after_one in some for ids in after_one]
+        if task.kind != "infill" and not (continuations and all(continuations)):
+            raise EvalError(f"{task.places[n]}: a text to be scored has no token of its own after what is before it")
+    return asked
 
 
 def size_of(context, continuations):
@@ -270,15 +386,14 @@ def score(task, model, encoding, layout, vocabulary, tokens_per_batch):
     "bits" and "bytes" of what was right; "acc", "acc_norm", "p" of the right choice; "given", the place of the answer
     given; "suffix_gain", bits per byte that the suffix of a hole saves; "logs", nats of each continuation.
     """
-    encode, start, kind = encoding.encode_ordinary, tokenizer.start(encoding), task.kind
-    asked = [requests(e, kind, encode, start, layout, vocabulary, model.config.block_size) for e in task.examples]
+    kind, asked = task.kind, ask(task, encoding, layout, vocabulary, model.config.block_size)
     logs, greedy = log_likelihoods(model, [*itertools.chain(*asked)], tokens_per_batch)
     made, at = collections.defaultdict(list), 0
     for example, some in zip(task.examples, asked, strict=True):
         end = at + sum(len(continuations) for _, continuations in some)
         mine, at = logs[at:end], end
         made["logs"].append(mine.tolist())
-        if "ids" in example:  # a held-out window
+        if kind == "text" and "text" not in example:  # a held-out window
             right, n_bytes = 0, example["bytes"]
         else:
             texts, right = texts_of(example, kind)
@@ -305,14 +420,14 @@ def share_of_best(values, right):
 
 def mean(values):
     """(mean, its standard error)."""
-    values = np.array(values, float)
+    values = np.array(values, float)  # None becomes nan
     return values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def bits_of(items, kind):
     """Bits per byte of every example, a float64 array: of its answer; of texts, whose mean is to be the ratio of sums,
     that ratio and what the example moves it by."""
-    bits, n_bytes = np.array(items["bits"]), np.maximum(np.array(items["bytes"]), 1)
+    bits, n_bytes = np.array(items["bits"], float), np.maximum(np.array(items["bytes"], float), 1)
     if kind != "text":
         return bits / n_bytes
     ratio = bits.sum() / n_bytes.sum()
@@ -332,17 +447,18 @@ def summary(task, items):
     made = {"kind": task.kind, "group": task.group, "n": len(task.examples), "sha256": task.sha256}
     made["scores"] = {name: {"mean": float(m), "se": float(se)} for name, (m, se) in scores.items()}
     if task.kind in ("choice", "schema"):
-        sizes = [len(e.get("choices") or e["contexts"]) for e in task.examples]
+        sizes = [len(e["choices" if task.kind == "choice" else "contexts"]) for e in task.examples]
         answers = np.bincount([e["answer"] for e in task.examples])
         given = np.bincount(items["given"]) / len(task.examples)
         made["chance"] = float(np.mean([1 / size for size in sizes]))
         made["constant"] = float(answers.max() / answers.sum())  # who always gives the commonest place
         made["entropy"] = float(-sum(p * math.log2(p) for p in given if p)) + 0.0  # of the places given, in bits
     subs = collections.defaultdict(list)
-    for example, value in zip(task.examples, items.get("acc") or np.divide(items["bits"], items["bytes"]), strict=True):
-        subs[example.get("sub")].append(value)
+    per_byte = np.divide(items["bits"], np.maximum(items["bytes"], 1))  # of an empty middle, 0
+    for example, value in zip(task.examples, items.get("acc", per_byte), strict=True):
+        subs[str(example.get("sub"))].append(value)
     if len(subs) > 1:
-        made["subs"] = {str(sub): float(np.mean(values)) for sub, values in subs.items()}
+        made["subs"] = {sub: float(np.mean(values)) for sub, values in subs.items()}
     return made | {"ids": [str(e.get("id", n)) for n, e in enumerate(task.examples)], "items": items}
 
 
@@ -422,6 +538,14 @@ def run_programs(programs, seconds, ks=(1, 10, 100)):
 # ------------------------------------------------------------------------------------------------------ held-out parts
 
 
+def has_held_out(folder, block_size):
+    """Whether a source has a held-out window. MixError if what it has is damaged."""
+    if not any((folder / name).exists() for name in ("meta.json", "val.bin")):
+        return False
+    _, shards = find_shards(folder, "val")
+    return any(tokens > block_size for _, tokens, _ in shards)
+
+
 def held_out(folder, block_size, vocabulary, limit, seed, fills):
     """Tasks from the held-out part of a source: its windows as text, and if the model `fills` any two kinds of holes in
     their longest documents, a span between any two characters and a line, in as much as half a context holds."""
@@ -429,6 +553,8 @@ def held_out(folder, block_size, vocabulary, limit, seed, fills):
     if source.tokenizer not in (None, tokenizer.digest(vocabulary.encoding)):
         raise EvalError(f"{folder} holds ids of another tokenizer than {vocabulary.encoding.name}")
     rows = source.rows(limit)
+    if rows.max() >= (n_vocab := len(vocabulary.token_bytes)):
+        raise EvalError(f"{folder} holds id {rows.max()}, and {vocabulary.encoding.name} has the ids below {n_vocab}")
     sha256 = hashlib.sha256(rows).hexdigest()
     windows = [{"ids": row.tolist(), "bytes": sum(len(vocabulary.token_bytes[i]) for i in row[1:])} for row in rows]
     made = [Task(folder.name, "text", "held out", windows, sha256)]
@@ -482,7 +608,7 @@ def groups(tasks):
     made = {}
     for group in dict.fromkeys(task["group"] for task in tasks.values()):
         mine = {name: task for name, task in tasks.items() if task["group"] == group}
-        choices = [t for t in mine.values() if "chance" in t]
+        choices = [t for t in mine.values() if t.get("chance", 1) < 1]
         made[group] = {"tasks": [*mine], "bpb": float(np.mean([t["scores"]["bpb"]["mean"] for t in mine.values()]))}
         if choices:
             centred = [(t["scores"]["acc"]["mean"] - t["chance"]) / (1 - t["chance"]) for t in choices]
@@ -512,25 +638,24 @@ def print_task(name, task):
 
 def compare(a, b):
     """Print how two result files differ, paired by item: mean and 95% interval of b - a."""
-    for name in (name for name in a["tasks"] if name in b["tasks"]):
+    names = [name for name in a["tasks"] if name in b["tasks"]]
+    if not names:
+        print("the two have no task in common")
+    for name in names:
         one, two = a["tasks"][name], b["tasks"][name]
-        if one["sha256"] != two["sha256"]:
+        if (one["sha256"], one["n"]) != (two["sha256"], two["n"]):
             print(f"{name:<20} not the same examples")
             continue
         for measure in ("acc", "acc_norm", "pass@1", "exact", "stops", "bpb"):
             x, y = (bits_of(t["items"], t["kind"]) if measure == "bpb" else t["items"].get(measure) for t in (one, two))
             if x is not None and y is not None:
-                m, se = mean(np.subtract(y, x))
+                m, se = mean(np.subtract(y, x, dtype=float))
                 print(f"{name:<20} {measure:<8} {m:+8.4f}  [{m - 1.96 * se:+.4f}, {m + 1.96 * se:+.4f}]  n {len(x)}")
 
 
 def plot(results, to):
     """One result: its scores, with what they have to beat. Several: every group's over tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(to)
     if len(results) == 1:
         tasks = {name: task for name, task in results[0]["tasks"].items() if "chance" in task}
         figure, axis = plt.subplots(figsize=(8, 0.35 * len(tasks) + 1.5), layout="constrained")
@@ -552,8 +677,9 @@ def plot(results, to):
             title = {"bpb": "bits a byte of right answers", "acc": "accuracy, 0 chance, 1 perfect"}[measure]
             axis.set(title=title, xlabel="tokens seen, millions")
             axis.grid(alpha=0.2)
-            axis.legend()
-    figure.savefig(to, dpi=120)
+            if axis.lines:
+                axis.legend()
+    save(figure, to)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -604,75 +730,112 @@ def evaluate(task, model, encoding, layout, vocabulary, args):
 
 def parse(argv):
     parser = errors.Parser(__doc__)
-    parser.add_argument("checkpoint", nargs="*", help="out/<phase>, one of its checkpoints/step-...; or result files")
+    count = errors.number(int, 1)
+    parser.add_argument(
+        "checkpoint", nargs="*", type=errors.path, help="out/<phase>, one of its checkpoints/step-...; or result files"
+    )
     parser.add_argument("--data", type=errors.path, help="a folder of task files; default: held-out parts alone")
     parser.add_argument("--tasks", help="names or groups, with commas; quick, all, held_out; default held_out,quick")
-    parser.add_argument("--limit", type=int, help="examples of each task, the first ones; of held-out windows 256")
+    parser.add_argument("--limit", type=count, help="examples of each task, the first ones; of held-out windows 256")
     parser.add_argument("--sources", type=errors.path, help="folder of prepared sources; default: those trained on")
     parser.add_argument("--layout", choices=infill.LAYOUTS, help="of holes; default: what was trained, else psm")
     parser.add_argument("--generate", action="store_true", help="fill holes too, and count what ends and what is exact")
     parser.add_argument("--run-code", action="store_true", help="run what the model writes, against its tests")
-    parser.add_argument("--seconds", type=float, default=3.0, help="that a program may take")
-    parser.add_argument("--samples_per_task", type=int, default=1, help="programs written for each problem")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; default 0.2, of holes 1")
-    parser.add_argument("--top_p", type=float, help="default 0.95, of holes 1, as ends are rare tokens")
+    parser.add_argument("--seconds", type=errors.number(float, 0.01, 3600), default=3.0, help="that a program may take")
+    parser.add_argument("--samples_per_task", type=count, default=1, help="programs written for each problem")
+    parser.add_argument("--max_new_tokens", type=count, default=256)
+    parser.add_argument("--temperature", type=TEMPERATURE, help="0 takes the likeliest token; default 0.2, of holes 1")
+    parser.add_argument("--top_p", type=TOP_P, help="default 0.95, of holes 1, as ends are rare tokens")
     parser.add_argument("--no_healing", action="store_true", help="keep the last token before a hole as it is")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=SEED, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--tokens_per_batch", type=int, help="at a time; default 4,096, on a GPU 32,768")
+    parser.add_argument(
+        "--tokens_per_batch", type=errors.number(int, 1, 2**24), help="at a time; default 4,096, on a GPU 32,768"
+    )
     parser.add_argument("--out", type=errors.path, help="result file; default: eval-<step>.json in the phase's folder")
     parser.add_argument("--fresh", action="store_true", help="do not take over what the result file has")
     parser.add_argument("--samples", type=errors.path, help="write every example with its scores to this .jsonl")
     parser.add_argument("--compare", type=errors.path, nargs=2, metavar=("A", "B"), help="two results, paired by item")
     parser.add_argument("--plot", type=errors.path, help="picture of the results, needs matplotlib")
     args = parser.parse_args(argv)
-    if or_else(args.limit, 1) < 1 or or_else(args.temperature, 1) < 0 or not 0 < or_else(args.top_p, 1) <= 1:
-        parser.error("--limit is above 0, --temperature is not below 0, --top_p is in (0, 1]")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees none")
+    args.device = device_named(args.device)
     if args.run_code and sys.platform != "linux":
         parser.error("--run-code needs Linux")
     if not args.checkpoint and not args.compare:
         parser.error("which checkpoint? python eval.py out/phase1")
-    args.tokens_per_batch = args.tokens_per_batch or (32_768 if args.device == "cuda" else 4096)
+    if args.samples and args.samples == args.out:
+        parser.error("--samples and --out are two files")
+    args.tokens_per_batch = args.tokens_per_batch or (32_768 if args.device.type == "cuda" else 4096)
     return args
 
 
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_share(value):
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+SCORE = {"mean": files.number, "se": files.number}
+TASK = {"kind": str, "group": str, "n": is_count, "sha256": str, "scores": {"bpb": dict},
+        "items": {"bits": list, "bytes": list}}  # fmt: skip
+CHOICE = {"chance": is_share, "constant": is_share, "entropy": is_share, "scores": {"acc": dict},
+          "items": {"acc": list}}  # fmt: skip
+RESULTS = {"meta": {"key": dict, "tokens": is_count}, "tasks": {...: TASK}}  # the shape of a result file
+
+
 def load_results(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise EvalError(f"{path}: {error}") from None
+    """What `run` has written, scores that are null as nan. UserError names the file."""
+    results = files.read_json(path, RESULTS)
+    for name, task in results["tasks"].items():
+        measured = {measure: of for measure, of in task["items"].items() if measure not in ("logs", "programs")}
+        strange = files.misfit(task["scores"], {...: SCORE}) or files.misfit(measured, {...: [files.number]})
+        if task["kind"] in ("choice", "schema"):
+            strange = strange or files.misfit(task, CHOICE)
+        if strange or any(len(of) != task["n"] for of in measured.values()):
+            raise EvalError(f"{path} is damaged or of another program: {strange or 'items'} of {name} does not fit")
+        for score in task["scores"].values():
+            score.update({key: math.nan for key in SCORE if score[key] is None})
+    return results | {"groups": groups(results["tasks"])}
 
 
 def gather_tasks(args, model, state, vocabulary, layout):
     """The tasks that args.tasks names: held-out parts of the sources it was trained on, and those in --data."""
     folder, sources, own = Path(args.sources or state["config"]["data"]), [*state["config"]["mix"]], {}
     if args.sources:
-        named = [path for path in folder.glob("*/*") if path.name in ("meta.json", "val.bin")]
+        named = [path for path in folder.glob("*/*") if path.name in ("meta.json", "val.bin", "train.bin")]
         if not (sources := sorted({path.parent.name for path in named})):
             raise EvalError(f"{folder} has no prepared sources; see prepare.py")
-    names = args.tasks.split(",") if args.tasks else ["held_out"] * bool(sources) + ["quick"] * bool(args.data)
+    names = ["held_out"] * bool(sources) + ["quick"] * bool(args.data)
+    if args.tasks:
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise EvalError("on what? say --data, a folder of task files, or --sources, one of prepared sources")
     for source in sources:
-        asked = any(name == "held_out" or name.startswith(source) for name in names)
-        if asked and (folder / source).is_dir():
+        if not {"held_out", source, f"{source}_spans", f"{source}_lines"} & {*names}:
+            continue
+        if has_held_out(folder / source, model.config.block_size):
             how = vocabulary, args.limit or 256, args.seed, layout
             tasks = held_out(folder / source, model.config.block_size, *how)
             own |= {task.name: task for task in tasks}
-    if "held_out" in names and not own:
-        raise EvalError(
-            f"{folder}/ has none of {', '.join(sources) or 'its sources'}; say --sources, or name other --tasks"
-        )
-    mine = [task for name, task in own.items() if name in names or "held_out" in names]
+        else:
+            print(f"{source} has no held-out part of one window in {folder}/, so it is left out")
+    tasks = [task for name, task in own.items() if name in names or "held_out" in names]
     if rest := [name for name in names if name not in own and name != "held_out"]:
         if not args.data:
-            raise EvalError(f"{', '.join(rest)}: say --data, a folder of task files, or one of {', '.join(own)}")
-        mine += read_tasks(args.data, rest, args.limit)
-    return mine
+            others = f", or one of {', '.join(own)}" if own else ""
+            raise EvalError(f"{', '.join(rest)}: say --data, a folder of task files{others}")
+        tasks += read_tasks(args.data, rest, args.limit)
+    if not tasks:
+        raise EvalError(
+            f"{folder}/ has no held-out part of {', '.join(sources)}; say --sources=FOLDER, or --data and other --tasks"
+        )
+    for name, count in collections.Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise EvalError(f"{name} is a held-out part and a file in {args.data}; rename the file, or name --tasks")
+    return tasks
 
 
 def run(args):
@@ -691,23 +854,19 @@ def run(args):
     tasks = gather_tasks(args, model, state, vocabulary, layout)
     meta = meta_of(folder, state, model, encoding, layout)
     to = args.out or folder.parents[1] / f"eval-{state['step']:08d}.json"
-    results = {"meta": meta, "tasks": {}, "groups": {}}
+    results = {"meta": meta, "tasks": earlier_tasks(to, meta, args.fresh), "groups": {}}
+    todo = [task for task in tasks if not is_done(task, results["tasks"].get(task.name), args)]
+    for task in todo:  # a mistake in the last one is said before the first is scored
+        ask(task, encoding, layout, vocabulary, model.config.block_size)
     if args.samples:
-        args.samples.write_text("")
-    if to.exists() and not args.fresh:
-        before = load_results(to)
-        if before["meta"]["key"] != meta["key"]:
-            raise EvalError(f"{to} has results of other weights or settings; use --out, or --fresh to replace them")
-        results["tasks"] = before["tasks"]
+        begin_samples(args.samples)
     about = f"{meta['tokens']:,} tokens seen; {encoding.name}, {layout}, {args.dtype}, {args.device}"
     print(f"{meta['checkpoint']}: {about}")
     if args.run_code and not sandbox.isolated():
         print("this kernel grants no namespaces: programs have limits but could write files and use the network")
     print(f"{'task':<20} {'n':>6} {'acc':>6} {'':>7} {'acc_norm':>8} {'':>5} chance constant entropy  bits/byte")
     for task in tasks:
-        known = results["tasks"].get(task.name)
-        settings = generation(task, args)
-        if not (known and known["sha256"] == task.sha256 and settings in (None, known["generation"])):
+        if task in todo:
             start = time.perf_counter()
             results["tasks"][task.name] = evaluate(task, model, encoding, layout, vocabulary, args)
             results["tasks"][task.name]["seconds"] = round(time.perf_counter() - start, 2)
@@ -723,30 +882,69 @@ def run(args):
     return results
 
 
+def earlier_tasks(path, meta, fresh):
+    """The tasks of a result file that is there already, none if `fresh`. EvalError if it is of another checkpoint or no
+    result file at all, which is never replaced; OSError if nothing can be written there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+    if not path.exists():
+        return {}
+    try:
+        before = load_results(path)
+    except UserError as error:
+        raise EvalError(f"{error}; move it away, or name another --out") from None
+    if fresh:
+        return {}
+    if before["meta"]["key"] != meta["key"]:
+        raise EvalError(f"{path} has results of other weights or settings; use --out, or --fresh to replace them")
+    return before["tasks"]
+
+
+def is_done(task, before, args):
+    """Whether a result, None if there is none, is of this task as it is now, and its answers as they are asked for."""
+    return before and before["sha256"] == task.sha256 and generation(task, args) in (None, before.get("generation"))
+
+
+def begin_samples(path):
+    """Make or empty a file for `write_samples`. EvalError if what is there was not written by it."""
+    with open(path, "a+b") as file:
+        if file.seekable() and file.tell():
+            file.seek(0)
+            try:
+                ours = {"task", "logs"} <= {*json.loads(file.readline())}
+            except (ValueError, TypeError):
+                ours = False
+            if not ours:
+                raise EvalError(f"{path} holds no samples of an evaluation; name another file for --samples")
+            file.truncate(0)
+
+
 def write_samples(path, task, items):
     """Append every example of a task with what came of it, a line each."""
     with open(path, "a", encoding="utf-8") as f:
         for n, example in enumerate(task.examples):
-            f.write(json.dumps({"task": task.name, **example, **{name: items[name][n] for name in items}}) + "\n")
+            f.write(files.strict({"task": task.name, **example, **{name: items[name][n] for name in items}}) + "\n")
 
 
 @errors.command
 def main(argv):
     args = parse(argv)
-    if args.device == "cpu":
+    if args.device.type == "cpu":
         keep_memory()
-    try:
-        if args.compare:
-            compare(*map(load_results, args.compare))
-            return 0
-        if all(name.endswith(".json") for name in args.checkpoint):
-            results = [load_results(Path(name)) for name in args.checkpoint]
-        else:
-            results = [run(args)]
-        if args.plot:
-            plot(results, args.plot)
-    except ImportError:
-        raise EvalError("--plot needs matplotlib: pip install matplotlib") from None
+    if args.plot:
+        pyplot(args.plot)  # what it lacks is said before the work
+    if args.compare:
+        compare(*map(load_results, args.compare))
+        return 0
+    if all(path.suffix == ".json" for path in args.checkpoint):
+        if not args.plot:
+            raise EvalError("what about these results? --plot=PICTURE, or --compare of two")
+        results = [load_results(path) for path in args.checkpoint]
+    else:
+        results = [run(args)]
+    if args.plot:
+        plot(results, args.plot)
     return 0
 
 

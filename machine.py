@@ -51,14 +51,17 @@ def find_device(cfg):
 
 
 def device_named(name):
-    """What a person typed as a device, as torch.device. UserError if it is none, or not there."""
+    """What a person typed as a device, as torch.device; of several GPUs also the one that kernels are launched on.
+    UserError if it is none, or not there."""
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         raise UserError(f"--device={name} is no device; cpu, cuda, cuda:1 and mps are") from None
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= here.get(device.type, 0):
         raise UserError(f"--device={name}, but torch sees {here.get(device.type, 0)} of this kind; try --device=cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     return device
 
 

@@ -4,25 +4,66 @@ python plot.py out                         # all phases under out/, to out/curve
 python plot.py out/phase1 --to=p1.png
 """
 
+import io
 import json
+import math
+import sys
 from pathlib import Path
 
 import errors
+import files
 from errors import UserError
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
+RECORD = {"phase": str, "tokens": lambda value: type(value) is int and abs(value) < 2**63}
+CURVES = {"loss_by_source": {...: files.number}, "val": {...: {"bpb": files.number}}}  # one of them, or neither
+
+
+def pyplot(to):
+    """matplotlib.pyplot, to draw what `save` will call `to`. UserError if there is none, or no such kind of picture."""
+    if to.suffix.lower() not in PICTURES:
+        raise UserError(f"{to}: a picture's name ends in one of {', '.join(PICTURES)}")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure, to):
+    """Write a picture, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format=to.suffix[1:].lower(), dpi=120)
+    files.write(to, content.getvalue())
 
 
 def read_logs(folder):
-    """Records of every log.jsonl in or right under a folder, in order of tokens. A half-written line is left out."""
+    """Records of every log.jsonl in or right under a folder, in order of tokens. Lines that are none, as the last one of
+    a run that was killed may be, are left out and counted on stderr."""
     records = []
     for path in sorted([*Path(folder).glob("log.jsonl"), *Path(folder).glob("*/log.jsonl")]):
         if ".old-" in path.parent.name:  # set aside by --fresh
             continue
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+        found = [record for record in map(read_record, lines) if record]
+        if left_out := len(lines) - len(found):
+            print(f"{path}: left out {left_out} of {len(lines)} lines, no records of train.py", file=sys.stderr)
+        records += found
     return sorted(records, key=lambda r: r["tokens"])
+
+
+def read_record(line):
+    """A line of log.jsonl as a dict, None if it is not what train.py writes."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    curves = {name: shape for name, shape in CURVES.items() if isinstance(record, dict) and name in record}
+    return None if not isinstance(record, dict) or files.misfit(record, RECORD | curves) else record
 
 
 def series(records):
@@ -31,19 +72,20 @@ def series(records):
     for r in records:
         phases.setdefault(r["phase"], r["tokens"])
         for name, loss in r.get("loss_by_source", {}).items():
-            losses.setdefault(name, []).append((r["tokens"], loss))
+            add(losses, name, r["tokens"], loss)
         for name, value in r.get("val", {}).items():
-            if value["bpb"]:
-                held_out.setdefault(name, []).append((r["tokens"], value["bpb"]))
+            add(held_out, name, r["tokens"], value["bpb"])
     return losses, held_out, phases
 
 
+def add(curves, name, tokens, value):
+    """A point of a curve, if there is one: a run that has diverged has none, and bits per byte need a tokenizer."""
+    if value is not None and math.isfinite(value):
+        curves.setdefault(name, []).append((tokens, float(value)))
+
+
 def draw(records, to):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(to)
     losses, held_out, phases = series(records)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = sorted(losses.keys() | held_out.keys())  # one colour in both panels
@@ -64,8 +106,9 @@ def draw(records, to):
                 phase, (tokens / 1e6, 0.98), xycoords=("data", "axes fraction"), va="top", color="grey", fontsize=8
             )
         axis.grid(alpha=0.2)
-        axis.legend()
-    figure.savefig(to, dpi=120)
+        if curves:
+            axis.legend()
+    save(figure, to)
 
 
 @errors.command
@@ -76,12 +119,9 @@ def main(argv):
     args = parser.parse_args(argv)
     records = read_logs(args.folder)
     if not records:
-        raise UserError(f"there is no log.jsonl in {args.folder} or right under it")
+        raise UserError(f"there is no log.jsonl with records in it in {args.folder} or right under it")
     to = args.to or args.folder / "curves.png"
-    try:
-        draw(records, to)
-    except ImportError:
-        raise UserError("a picture needs matplotlib: pip install matplotlib") from None
+    draw(records, to)
     print(f"wrote {to}")
 
 

@@ -3,9 +3,13 @@
 python sample.py out/phase3 --prompt 'def fibonacci(n):'     # an out/<phase> folder: its newest checkpoint
 python sample.py out/phase1/checkpoints/step-00000302 --prompt @story.txt --n 3 --temperature 0.8 --top_p 0.95
 python sample.py out/phase3 --infill 'def area(r):' '    return a'     # what belongs between; @FILE works here too
+
+What begins with @ and is no file is the text itself: --prompt @property
 """
 
 import codecs
+import os
+import reprlib
 import sys
 from pathlib import Path
 
@@ -17,7 +21,12 @@ import errors
 import infill
 import tokenizer
 from checkpoint import CheckpointError
+from errors import UserError
+from machine import device_named
 from model import GPT, GPTConfig
+
+TEMPERATURE, TOP_P = errors.number(float, 0, 1e6), errors.number(float, 1e-6, 1)  # for eval.py too
+SEED = errors.number(int, 0, 2**62)
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
@@ -124,8 +133,19 @@ def vocabulary_for(layout, encoding):
 
 
 def text_of(argument):
-    """TEXT, or @FILE for what is in it, line ends as they are."""
-    return Path(argument[1:]).read_bytes().decode() if argument.startswith("@") else argument
+    """TEXT, or @FILE for what is in it, line ends as they are; @TEXT if there is no such file. UserError."""
+    path = os.path.expanduser(argument[1:]) if argument.startswith("@") else ""
+    if os.path.isdir(path):
+        raise UserError(f"{argument}: {path} is a folder; to have this as the text, put it into a file, and say @FILE")
+    try:
+        if os.path.exists(path):
+            return Path(path).read_bytes().decode("utf-8-sig")
+        argument.encode()  # a shell hands on any bytes
+    except UnicodeError:
+        raise UserError(f"{argument} is not UTF-8 text") from None
+    if path:
+        print(f"sample.py: there is no such file, so this is the text: {reprlib.repr(argument)}", file=sys.stderr)
+    return argument
 
 
 @errors.command
@@ -136,23 +156,21 @@ def main(argv):
     parser.add_argument("--infill", nargs=2, metavar=("PREFIX", "SUFFIX"), help="texts, or @FILEs, around a hole")
     parser.add_argument("--layout", choices=infill.LAYOUTS, help="of --infill; default: what was trained")
     parser.add_argument("--no_healing", action="store_true", help="keep the prefix's last token as it is")
-    parser.add_argument("--n", type=int, default=1, help="how many samples")
-    parser.add_argument("--tokens", type=int, default=200, help="at most so many; end of text stops earlier")
+    count = errors.number(int, 1)
+    parser.add_argument("--n", type=count, default=1, help="how many samples")
+    parser.add_argument("--tokens", type=count, default=200, help="at most so many; end of text stops earlier")
     parser.add_argument(
-        "--temperature", type=float, help="0 takes the likeliest token; default 0.8, or 1 with --infill"
+        "--temperature", type=TEMPERATURE, help="0 takes the likeliest token; default 0.8, or 1 with --infill"
     )
-    parser.add_argument("--top_p", type=float, help="default 0.95, or 1 with --infill: the end of text is a rare token")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--top_p", type=TOP_P, help="default 0.95, or 1 with --infill: the end of text is a rare token")
+    parser.add_argument("--seed", type=SEED, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.temperature = args.temperature if args.temperature is not None else 1.0 if args.infill else 0.8
     args.top_p = args.top_p if args.top_p is not None else 1.0 if args.infill else 0.95
-    if not (args.n > 0 and args.tokens > 0 and args.temperature >= 0 and 0 < args.top_p <= 1):
-        parser.error("--n and --tokens are above 0, --temperature is not below 0, --top_p is in (0, 1]")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees none")
+    device = device_named(args.device)
     prompt, *around = map(text_of, (args.prompt, *(args.infill or ())))
-    model, encoding, state = load_model(args.checkpoint, args.device)
+    model, encoding, state = load_model(args.checkpoint, device)
     if encoding is None:
         raise tokenizer.TokenizerError("this checkpoint's data named no tokenizer, so ids cannot be turned into text")
     layout = args.layout or trained_layout(state["config"])
@@ -160,7 +178,7 @@ def main(argv):
         raise infill.InfillError(f"{args.checkpoint} was not trained to infill; try another, or say --layout")
     vocabulary = vocabulary_for(layout, encoding) if around else None
     for i in range(args.n):
-        generator = torch.Generator(args.device).manual_seed(args.seed + i)
+        generator = torch.Generator(device).manual_seed(args.seed + i)
         how = {"max_new_tokens": args.tokens, "temperature": args.temperature, "top_p": args.top_p}
         how["generator"] = generator
         if around:
