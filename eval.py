@@ -774,14 +774,10 @@ def is_count(value):
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_share(value):
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
 SCORE = {"mean": files.number, "se": files.number}
 TASK = {"kind": str, "group": str, "n": is_count, "sha256": str, "scores": {"bpb": dict},
         "items": {"bits": list, "bytes": list}}  # fmt: skip
-CHOICE = {"chance": is_share, "constant": is_share, "entropy": is_share, "scores": {"acc": dict},
+CHOICE = {"chance": files.real, "constant": files.real, "entropy": files.real, "scores": {"acc": dict},
           "items": {"acc": list}}  # fmt: skip
 RESULTS = {"meta": {"key": dict, "tokens": is_count}, "tasks": {...: TASK}}  # the shape of a result file
 

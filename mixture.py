@@ -11,7 +11,6 @@ What is proposed lies between the mixtures that were tried: beyond them nothing 
 """
 
 import itertools
-import json
 import math
 from collections import defaultdict
 from functools import partial
@@ -20,10 +19,19 @@ from pathlib import Path
 import numpy as np
 
 import errors
+import files
 from errors import UserError
 
 ABSENT = 0.01  # added to every weight, so that the logarithm of none is finite
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
+
+
+def is_mix(value):
+    return files.misfit(value, {...: files.real}) is None and min(value.values()) >= 0 and sum(value.values()) > 0
+
+
+RESULT = {"evaluation": {"key": str}, "measures": {...: files.real}}  # shapes of what study.py writes
+TRAINED = {"parent": (str, type(None)), "decides": str, "mix": is_mix}
 
 
 class MixtureError(UserError):
@@ -36,7 +44,7 @@ def finished(folder):
     most runs."""
     families = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder).glob("*/result-*.json")):
-        result, run = json.loads(path.read_text()), json.loads((path.parent / "trained.json").read_text())
+        result, run = files.read_json(path, RESULT), files.read_json(path.parent / "trained.json", TRAINED)
         if not run["parent"]:
             family = families[run["decides"], result["evaluation"]["key"]]
             total = sum(run["mix"].values())
@@ -117,7 +125,7 @@ def parse_goal(text, measures):
     if unknown := [name for name in goal if name not in measures]:
         raise MixtureError(f"--goal names {unknown[0]}; measured are {', '.join(measures)}")
     total = sum(goal.values())
-    if total <= 0 or min(goal.values()) < 0:
+    if not (0 < total < math.inf and min(goal.values()) >= 0):
         raise MixtureError(f"--goal={text}: shares are not below 0 and not all 0")
     return {name: share / total for name, share in goal.items()}
 
@@ -125,13 +133,16 @@ def parse_goal(text, measures):
 @errors.command
 def main(argv):
     parser = errors.Parser(__doc__)
-    parser.add_argument("folder", help="of runs that study.py has made")
+    parser.add_argument("folder", type=errors.path, help="of runs that study.py has made")
     parser.add_argument("--goal", default="", help="what is to be low, source=share,...; default: all sources alike")
     args = parser.parse_args(argv)
     runs = finished(args.folder)
     sources = sorted({source for mix in runs for source, _ in mix})
     weights = np.array([[dict(mix).get(source, 0.0) for source in sources] for mix in runs])
-    measures = [name for name in next(iter(runs.values()))[0] if name in sources]
+    measured = [one for some in runs.values() for one in some]
+    measures = [source for source in measured[0] if source in sources and all(source in one for one in measured)]
+    if not measures:
+        raise MixtureError(f"the runs in {args.folder} were not evaluated on their sources")
     goal = parse_goal(args.goal, measures)
     print(f"{len(runs)} mixtures of {', '.join(sources)}, {sum(map(len, runs.values()))} runs")
     print(

@@ -42,8 +42,8 @@ def save(figure, to):
 
 
 def read_logs(folder):
-    """Records of every log.jsonl in or right under a folder, in order of tokens. Lines that are none, as the last one of
-    a run that was killed may be, are left out and counted on stderr."""
+    """Records of every log.jsonl in or right under a folder, in order of tokens. Lines that are none, as the last one
+    of a run that was killed may be, are left out and counted on stderr."""
     records = []
     for path in sorted([*Path(folder).glob("log.jsonl"), *Path(folder).glob("*/log.jsonl")]):
         if ".old-" in path.parent.name:  # set aside by --fresh

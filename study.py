@@ -16,6 +16,8 @@ A study is a Python file that names variants, each a list of phases:
     tasks = "quick,code_spans"  # of eval.py; those from files if --eval_tasks=FOLDER says where they are
     def picture(values, to):    # instead of the usual one: {(variant, seed): {measure: value}}, path
 
+Config files are looked for in the folder of the study, in those above it, and beside this program.
+
 Variants that begin with the same phases share the runs of these. A run lives in OUT/<key>, its key made from what
 decides its numbers: configuration, arithmetic, seed, data, the run before it, and the ALGORITHM of mix.py. (Whoever
 changes other code says another --out.) An evaluation goes by what it was asked. So the same command continues what was
@@ -29,7 +31,6 @@ kinds. One seed, or one example, has none. Whether two others differ says --base
 intervals.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -39,6 +40,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -55,11 +57,13 @@ import files
 import infill
 import train
 from configurator import ConfigError, read_command_line
+from errors import UserError
 from eval import ALGORITHM as EVALUATION
-from eval import bits_of, floor, mean, read_tasks
+from eval import bits_of, floor, load_results, mean, read_tasks
 from machine import find_device
 from mix import ALGORITHM
 from model import GPT, PRESETS
+from plot import pyplot, save
 
 HERE = Path(__file__).parent
 
@@ -104,61 +108,92 @@ class Run:
 
 
 def load_study(path):
-    """The names of OWN in a study file. ConfigError."""
-    if not Path(path).is_file():
+    """The names of OWN in a study file, in values that JSON has, and the `file`. ConfigError."""
+    path = errors.path(path)
+    if not path.is_file():
         raise ConfigError(f"there is no study {path}")
     try:
         found = {
             name: value
-            for name, value in runpy.run_path(path).items()
+            for name, value in runpy.run_path(str(path)).items()
             if not name.startswith("_") and not isinstance(value, ModuleType)
         }
-    except Exception as error:  # whatever somebody's file does
+    except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     if unknown := [name for name in found if name not in OWN and not callable(found[name])]:
         raise ConfigError(f"{path}: {unknown[0]} is none of {', '.join(OWN)}; begin names of your own with _")
-    study = OWN | {name: found[name] for name in OWN if name in found}
+    study = {name: plain(found.get(name, usual)) for name, usual in OWN.items() if name != "picture"}
+    study |= {"baseline": str(study["baseline"]), "picture": found.get("picture"), "file": path}
     variants, seeds = study["variants"], study["seeds"]
     if not variants or not isinstance(variants, dict) or study["baseline"] not in variants:
         raise ConfigError(f"{path} needs variants, a dict, and a baseline that is one of them")
     for variant, phases in variants.items():
-        if not phases or not isinstance(phases, list) or not all(isinstance(phase, (str, tuple)) for phase in phases):
+        if not phases or not isinstance(phases, list) or not all(map(is_phase, phases)):
             raise ConfigError(f"{path}: variant {variant!r} is no list of phases, each a path or (path, knobs)")
-    if not isinstance(study["cooldown"], (str, tuple)):
+    if study["cooldown"] and not is_phase(study["cooldown"]):
         raise ConfigError(f"{path}: cooldown is one phase, a path or (path, knobs)")
-    if not seeds or not isinstance(seeds, (list, tuple)) or len({*seeds}) < len(seeds):
+    if not seeds or not isinstance(seeds, list) or {*map(type, seeds)} != {int} or len({*seeds}) < len(seeds):
         raise ConfigError(f"{path} needs seeds, a list of different numbers")
+    if not isinstance(study["knobs"], dict) or not isinstance(study["tasks"], str):
+        raise ConfigError(f"{path}: knobs is a dict, and tasks a text, names with commas")
+    if not callable(study["picture"] or plot):
+        raise ConfigError(f"{path}: picture is a function of values and a path")
     return study
+
+
+def is_phase(phase):
+    return isinstance(phase, str) or (isinstance(phase, list) and [*map(type, phase)] == [str, dict])
+
+
+def plain(value):
+    """What a study says in numpy's numbers, tuples, ranges or paths, in what JSON has."""
+    if isinstance(value, dict):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [plain(one) for one in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return plain(value.tolist())
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def find_config(path, file):
+    """A config file that a study names: in the folder of the study's file or one above it, beside this program, or from
+    where it is run; if nowhere, the path as it is."""
+    folders = [*file.absolute().parents, HERE, Path.cwd()]
+    found = (folder / errors.path(path) for folder in folders)
+    return next((str(config) for config in found if config.is_file()), path)
 
 
 def plan(study, knobs):
     """{(variant, seed): (its last Run, the same with the cooldown or None)}; equal runs are one object. knobs: for all
     phases, as text. ConfigError."""
     made, contexts, rates = {}, set(), {"lr", "lr_end", "lr_peak"}
-    if ours := [name for name in ("out", "seed", "init_from") if name in knobs]:
-        raise ConfigError(f"--{ours[0]}: a study decides that itself")
 
     def run(parent, phase, seed):
         path, own = (phase, {}) if isinstance(phase, str) else phase
+        if ours := [name for name in ("out", "seed", "init_from") if name in study["knobs"] | own | knobs]:
+            raise ConfigError(f"--{ours[0]}: a study decides that itself")
         if clash := {*knobs} & ({*own} | (rates if rates & {*own} else set())):
             raise ConfigError(f"--{clash.pop()}: the study sets that, or what hangs on it, for {path}; change its file")
         all_knobs = {name: str(value) for name, value in (study["knobs"] | own | knobs | {"seed": seed}).items()}
+        path = find_config(path, study["file"])
         argv = [path, *(f"--{name}={value}" for name, value in all_knobs.items())]
         ((_, cfg),), _ = read_command_line(argv, train.Config, PRESETS, (), infill.OBJECTIVES)
         contexts.add(cfg.block_size)
         dtype = str(find_device(cfg)[1]).removeprefix("torch.")  # auto is not the same on all machines
         all_knobs["dtype"] = dtype
-        decides = {name: value for name, value in asdict(cfg).items() if name not in WITHOUT_EFFECT}
+        decides = {name: plain(value) for name, value in asdict(cfg).items() if name not in WITHOUT_EFFECT}
         decides |= {"dtype": dtype, "mix": {name: float(weight) for name, weight in cfg.mix.items()}}
         data = {name: contents(Path(cfg.data) / name) for name in cfg.mix}
         key = digest([ALGORITHM, parent and parent.key, Path(path).stem, decides, data])
         if key not in made:
             steps, _ = train.phase_steps(path, cfg)
             tokens, alike = steps * cfg.batch, {k: v for k, v in decides.items() if k not in ("mix", "seed")}
+            mix = tuple(plain(cfg.mix).items())
             vocabulary = prepared(Path(cfg.data) / next(iter(cfg.mix)))["tokenizer"]["vocab_size"]
             made[key] = Run(
-                key, path, tuple(all_knobs.items()), parent, steps, tuple(cfg.mix.items()), digest(alike), cfg.data,
-                tokens, tokens * flops_per_token(cfg, vocabulary),
+                key, path, tuple(all_knobs.items()), parent, steps, mix, digest(alike), cfg.data, tokens,
+                tokens * flops_per_token(cfg, vocabulary),
             )  # fmt: skip
         return made[key]
 
@@ -179,17 +214,21 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+SHARDS = {"tokens": int, "shards": [{"sha256": str}]}
+
+
 @functools.cache
 def prepared(folder):
     """meta.json of a source. ConfigError."""
+    shape = {"tokenizer": {"vocab_size": int}, "train": SHARDS, "val": SHARDS}
     try:
-        return json.loads((folder / "meta.json").read_text())
+        return files.read_json(folder / "meta.json", shape)
     except OSError:
         raise ConfigError(
             f"{folder} is not prepared: python prepare.py {folder.name}=FILES, or --data=FOLDER"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{folder}/meta.json is damaged: {error}; prepare it again") from None
+    except UserError as error:
+        raise ConfigError(f"{error}; prepare it again") from None
 
 
 def contents(folder):
@@ -258,13 +297,8 @@ def claimed(run, out):
     """A file if this process has the run for itself, else None; train.py and eval.py keep it if this process dies
     before them."""
     (out / run.key).mkdir(parents=True, exist_ok=True)
-    with open(out / run.key / "claim", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file
+    with open(out / run.key / "claim", "a") as file:
+        yield None if files.lock(file) is False else file
 
 
 class Worker:
@@ -324,7 +358,7 @@ def evaluate_run(run, out, evaluation, worker, claim):
     options = [f"--{name}={value}" for name, value in evaluation.items() if value and name != "key"]
     command = [str(HERE / "eval.py"), str(run.folder(out)), f"--out={to}", *options]
     worker.do(command, to.with_suffix(".log"), claim)
-    values = {name: value(tasks) for name, tasks in measures(json.loads(to.read_text())).items()}
+    values = {name: value(tasks) for name, tasks in measures(load_results(to)).items()}
     made = {"evaluation": evaluation, "measures": values, "seconds": time.perf_counter() - start}
     files.write_json(result_path(run, out, evaluation), made)
 
@@ -341,10 +375,10 @@ def measures(scores):
             made |= {source: [each] for source, each in zip(group["tasks"], bits, strict=True)}
         else:
             made[f"{name} answers"] = bits
-        if gains := [np.array(one["items"]["suffix_gain"]) for one in mine if "suffix_gain" in one["items"]]:
+        if gains := [np.array(one["items"]["suffix_gain"], float) for one in mine if "suffix_gain" in one["items"]]:
             made[f"{name} suffix gain"] = gains
         if choices := [one for one in mine if "chance" in one and floor(one) < 1]:
-            made[f"{name} acc"] = [1 - (1 - np.array(one["items"]["acc"])) / (1 - floor(one)) for one in choices]
+            made[f"{name} acc"] = [1 - (1 - np.array(one["items"]["acc"], float)) / (1 - floor(one)) for one in choices]
     return made
 
 
@@ -463,6 +497,7 @@ def print_table(table, study, ends, which):
             rows[-1].append(f"{mean:{'+' if difference else ''}.3f}{around}{sure}")
     if len(variants) > len(rows):  # the shorter way across
         rows = [[*column] for column in zip(*rows, strict=True)]
+    rows = [[cell(text) for text in row] for row in rows]
     rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -470,13 +505,14 @@ def print_table(table, study, ends, which):
         print("| " + " | ".join(cells) + " |")
 
 
+def cell(text):
+    """A text as Markdown has it in a table: on one line, and without the border of columns."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def plot(tables, study, to):
     """Differences from the baseline with their intervals: a panel a measure, a row a variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot(to)
     names = list(next(iter(tables.values())))
     others = [variant for variant in study["variants"] if variant != study["baseline"]]
     columns = min(4, len(names))
@@ -493,15 +529,16 @@ def plot(tables, study, to):
                     how = {"color": colour, "label": None if y else label, "fmt": "o", "markersize": 4}
                     axis.errorbar(mean, where, xerr=half, **how)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=name, yticks=range(len(others)), yticklabels=others)
+        axis.set(title=name, yticks=range(len(others)), yticklabels=[textwrap.shorten(one, 60) for one in others])
         axis.tick_params(labelsize=8)
     axes[0, 0].invert_yaxis()
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     if len(tables) > 1:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8)
-    figure.suptitle(f"difference from {study['baseline']}, 95% over {len(study['seeds'])} seeds and examples")
-    figure.savefig(to, dpi=120)
+    baseline = textwrap.shorten(study["baseline"], 60)
+    figure.suptitle(f"difference from {baseline}, 95% over {len(study['seeds'])} seeds and examples")
+    save(figure, to)
 
 
 def show(study, ends, out, knobs, evaluation, to):
@@ -511,7 +548,7 @@ def show(study, ends, out, knobs, evaluation, to):
     for which in (1, 0):
         last = {place: pair[which] for place, pair in ends.items() if pair[which]}
         ready = {place: scores_path(run, out, evaluation) for place, run in last.items() if done(run, out, evaluation)}
-        found = {place: measures(json.loads(path.read_text())) for place, path in ready.items()}
+        found = {place: measures(load_results(path)) for place, path in ready.items()}
         if table := compare(study, found):
             values = {place: {name: value(tasks) for name, tasks in one.items()} for place, one in found.items()}
             tables[titles[which]] = table
@@ -529,19 +566,31 @@ def show(study, ends, out, knobs, evaluation, to):
     print("* the 95% interval over seeds and examples, paired, is clear of zero; chance makes one in 20 so")
     if not to:
         return
-    about = {name: value for name, value in study.items() if name != "picture"}
+    about = {name: value for name, value in study.items() if name not in ("picture", "file")}
     asked = {name: evaluation[name] for name in ("tasks", "limit", "dtype")}
     about |= {"knobs": study["knobs"] | {k: v for k, v in knobs.items() if k != "data"}, "evaluation": asked}
-    with open(f"{to}.lock", "w") as file:  # several may come to the end at once
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(f"{to}.lock", "a") as file:  # several may come to the end at once
+        files.lock(file, wait=True)
         files.write_json(Path(f"{to}.json"), {"study": about, "tables": tables, "runs": each})
         try:
             if study["picture"]:
                 study["picture"](values, Path(f"{to}.png"))  # as trained
             else:
-                plot(tables, study, f"{to}.png")
-        except ImportError:
-            print("no picture: pip install matplotlib")
+                plot(tables, study, Path(f"{to}.png"))
+        except Exception as error:  # the table is there
+            print(f"no picture: {error}")
+
+
+def check_files(to):
+    """UserError if there is a table `to`.json or a picture without one that no study has written."""
+    table, picture = Path(f"{to}.json"), Path(f"{to}.png")
+    try:
+        if table.exists():
+            files.read_json(table, {"study": dict, "tables": dict, "runs": dict})
+        elif picture.exists():
+            raise UserError(f"{picture} belongs to no table of a study")
+    except UserError as error:
+        raise ConfigError(f"{error}; say another --out, or move it away") from None
 
 
 def show_cost(study, ends, out, data, evaluation):
@@ -562,9 +611,10 @@ def show_cost(study, ends, out, data, evaluation):
         f"{len(study['seeds'])} seeds: {len(runs)} runs, {train.si(tokens)} tokens ({train.si(alone)} if nothing were"
         f" shared), {train.si(flops)}FLOP; {len(ready)} runs done"
     )
-    timed = [json.loads(trained_path(run, out).read_text()) for run in ready]
+    timed = [files.read_json(trained_path(run, out), {"seconds": files.number, "flops": files.real}) for run in ready]
     timed = [one for one in timed if one["seconds"]]
-    asked = [json.loads(result_path(run, out, evaluation).read_text())["seconds"] for run in ready if runs[run]]
+    results = [files.read_json(result_path(run, out, evaluation), {"seconds": files.real}) for run in ready if runs[run]]
+    asked = [result["seconds"] for result in results]
     if timed and len(ready) < len(runs):
         rate = sum(one["flops"] for one in timed) / sum(one["seconds"] for one in timed)
         left = [run for run in runs if run not in ready]
@@ -573,20 +623,31 @@ def show_cost(study, ends, out, data, evaluation):
         print(f"left: {train.clock(seconds)} of one process at the rate of those done")
 
 
+def with_equals(argv, knobs):
+    """The words of a command line with `--lr=0.01` for `--lr 0.01`, as argparse does not know the knobs."""
+    words = []
+    for word in argv:
+        if words and words[-1].removeprefix("--") in knobs and words[-1].startswith("--") and not word.startswith("--"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
 @errors.command
 def main(argv):
     parser = errors.Parser(__doc__)
-    parser.add_argument("study", help="a study file")
+    parser.add_argument("study", type=errors.path, help="a study file")
     parser.add_argument("--dry", action="store_true", help="say what it costs and what is done; do nothing")
     parser.add_argument("--table", action="store_true", help="print and draw what is there; train nothing")
     parser.add_argument("--baseline", help="compare with this variant, and write no files of that")
     parser.add_argument("--out", type=errors.path, default="studies", help="folder of runs, shared by all studies")
-    parser.add_argument("--eval_tasks", default="", help="folder of task files; default: held-out parts alone")
+    parser.add_argument("--eval_tasks", type=errors.path, help="folder of task files; default: held-out parts alone")
     parser.add_argument("--eval_examples", type=int, default=200, help="of each task; of held-out windows as many")
-    args, rest = parser.parse_known_args(argv)
+    known = {field.name for field in fields(train.Config)}
+    args, rest = parser.parse_known_args(with_equals(argv, known))
     whole = True
     try:
-        known = {field.name for field in fields(train.Config)}
         knobs = dict(argument.removeprefix("--").partition("=")[::2] for argument in rest)
         if strange := [name for name in knobs if name not in known]:
             raise ConfigError(f"{strange[0]} is neither an option of study.py nor a knob of train.py")
@@ -598,13 +659,16 @@ def main(argv):
         ends = plan(study, knobs)
         data, chosen = next(iter(ends.values()))[0].data, study["knobs"] | knobs
         how = {name: chosen.get(name, "").replace("auto", "") for name in ("dtype", "device")}  # "": as eval.py would
-        evaluation = evaluation_of(study, ends, data, args.eval_tasks, args.eval_examples, how)
+        evaluation = evaluation_of(study, ends, data, str(args.eval_tasks or ""), args.eval_examples, how)
         if args.dry:
             show_cost(study, ends, args.out, data, evaluation)
             return 0
+        to = None if args.baseline else args.out / args.study.stem
+        if to:
+            check_files(to)
         if not args.table:
             whole = carry_out(all_runs(ends, evaluation), args.out)
-        show(study, ends, args.out, knobs, evaluation, None if args.baseline else args.out / Path(args.study).stem)
+        show(study, ends, args.out, knobs, evaluation, to)
     except Stopped:
         print("stopped; the same command continues")
     return 0 if whole else 1

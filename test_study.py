@@ -379,7 +379,7 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
         ("", ["--mix={'text': 1}"], "--mix: the study sets that"),
         ("", ["--lr_peak=0.1"], "--lr_peak: the study sets that, or what hangs on it"),
         ("", ["--eval_examples=0"], "--eval_examples=0 is less than 1"),
-        ("", ["--eval_tasks=nowhere"], "nowhere has no task"),
+        ("", ["--eval_tasks=nowhere"], "there is no folder nowhere of task files"),
         ("", ["--baseline=x"], "--baseline=x is none of both, text, alone"),
         ("seeds = ()\n", [], "needs seeds"),
         ("seeds = 3\n", [], "needs seeds"),
