@@ -649,7 +649,7 @@ def compare(a, b):
         for measure in ("acc", "acc_norm", "pass@1", "exact", "stops", "bpb"):
             x, y = (bits_of(t["items"], t["kind"]) if measure == "bpb" else t["items"].get(measure) for t in (one, two))
             if x is not None and y is not None:
-                m, se = mean(np.subtract(y, x, dtype=float))
+                m, se = mean(np.array(y, float) - np.array(x, float))
                 print(f"{name:<20} {measure:<8} {m:+8.4f}  [{m - 1.96 * se:+.4f}, {m + 1.96 * se:+.4f}]  n {len(x)}")
 
 

@@ -27,7 +27,7 @@ RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 
 
 def is_mix(value):
-    return files.misfit(value, {...: files.real}) is None and min(value.values()) >= 0 and sum(value.values()) > 0
+    return not files.misfit(value, {...: files.real}) and sum(value.values()) > 0 and min(value.values()) >= 0
 
 
 RESULT = {"evaluation": {"key": str}, "measures": {...: files.real}}  # shapes of what study.py writes

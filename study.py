@@ -603,7 +603,7 @@ def show_cost(study, ends, out, data, evaluation):
                 drawn[source] += run.tokens * weight / sum(w for _, w in run.mix)
         epochs = {name: tokens / prepared(Path(data) / name)["train"]["tokens"] for name, tokens in drawn.items()}
         many = ", ".join(f"{epoch:.1f} epochs of {name}" for name, epoch in epochs.items() if epoch > 1)
-        print(f"{variant:<24} {' -> '.join(f'{run.name} {train.si(run.tokens)}' for run in line)}   {many}".rstrip())
+        print(f"{cell(variant):<24} {' -> '.join(f'{run.name} {train.si(run.tokens)}' for run in line)}   {many}".rstrip())
     alone = sum(run.tokens for pair in ends.values() for run in (pair[1] or pair[0]).line())
     tokens, flops = sum(run.tokens for run in runs), sum(run.flops for run in runs)
     ready = [run for run in runs if done(run, out, runs[run])]
@@ -613,8 +613,8 @@ def show_cost(study, ends, out, data, evaluation):
     )
     timed = [files.read_json(trained_path(run, out), {"seconds": files.number, "flops": files.real}) for run in ready]
     timed = [one for one in timed if one["seconds"]]
-    results = [files.read_json(result_path(run, out, evaluation), {"seconds": files.real}) for run in ready if runs[run]]
-    asked = [result["seconds"] for result in results]
+    evaluated = [result_path(run, out, evaluation) for run in ready if runs[run]]
+    asked = [files.read_json(path, {"seconds": files.real})["seconds"] for path in evaluated]
     if timed and len(ready) < len(runs):
         rate = sum(one["flops"] for one in timed) / sum(one["seconds"] for one in timed)
         left = [run for run in runs if run not in ready]
