@@ -56,7 +56,7 @@ from errors import UserError
 from kernels import dense_mask
 from machine import device_named, keep_memory
 from mix import Source, find_shards
-from plot import pyplot, save
+from plot import label, pyplot, save
 from processes import all_reduce, rank, world
 from sample import SEED, TEMPERATURE, TOP_P, fill, load_model, trained_layout, trim, vocabulary_for
 
@@ -661,7 +661,7 @@ def plot(results, to):
         figure, axis = plt.subplots(figsize=(8, 0.35 * len(tasks) + 1.5), layout="constrained")
         scores = [task["scores"]["acc"] for task in tasks.values()]
         colours = ["lightgrey" if noise(task) else "C0" for task in tasks.values()]
-        axis.barh([*tasks], [s["mean"] for s in scores], xerr=[2 * s["se"] for s in scores], color=colours)
+        axis.barh([*map(label, tasks)], [s["mean"] for s in scores], xerr=[2 * s["se"] for s in scores], color=colours)
         for y, task in enumerate(tasks.values()):
             axis.plot([floor(task)] * 2, [y - 0.4, y + 0.4], color="black")
         axis.set(title="accuracy, two standard errors; lines: chance or the commonest answer")
@@ -673,7 +673,8 @@ def plot(results, to):
             for colour, name in enumerate(names):
                 points = [(r["meta"]["tokens"] / 1e6, r["groups"].get(name, {}).get(measure)) for r in results]
                 if points := [point for point in points if point[1] is not None]:
-                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=f"C{colour}")
+                    how = {"marker": "o", "markersize": 4, "label": label(name), "color": f"C{colour}"}
+                    axis.plot(*zip(*points, strict=True), **how)
             title = {"bpb": "bits a byte of right answers", "acc": "accuracy, 0 chance, 1 perfect"}[measure]
             axis.set(title=title, xlabel="tokens seen, millions")
             axis.grid(alpha=0.2)

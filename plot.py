@@ -7,7 +7,7 @@ python plot.py out/phase1 --to=p1.png
 import io
 import json
 import math
-import sys
+import warnings
 from pathlib import Path
 
 import errors
@@ -37,23 +37,29 @@ def pyplot(to):
 def save(figure, to):
     """Write a picture, whole or not at all."""
     content = io.BytesIO()
-    figure.savefig(content, format=to.suffix[1:].lower(), dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font has not is a box
+        figure.savefig(content, format=to.suffix[1:].lower(), dpi=120)
     files.write(to, content.getvalue())
 
 
+def label(name):
+    """A name as a picture has room for it, in letters that there are."""
+    name = " ".join(name.encode(errors="replace").decode().split())
+    return name if len(name) <= 60 else f"{name[:57]}..."
+
+
 def read_logs(folder):
-    """Records of every log.jsonl in or right under a folder, in order of tokens. Lines that are none, as the last one
-    of a run that was killed may be, are left out and counted on stderr."""
-    records = []
+    """-> records of every log.jsonl in or right under a folder, in order of tokens; {path: how many lines are none}. A
+    run that was killed may have left half a line."""
+    records, left_out = [], {}
     for path in sorted([*Path(folder).glob("log.jsonl"), *Path(folder).glob("*/log.jsonl")]):
         if ".old-" in path.parent.name:  # set aside by --fresh
             continue
-        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-        found = [record for record in map(read_record, lines) if record]
-        if left_out := len(lines) - len(found):
-            print(f"{path}: left out {left_out} of {len(lines)} lines, no records of train.py", file=sys.stderr)
-        records += found
-    return sorted(records, key=lambda r: r["tokens"])
+        lines = [read_record(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+        records += filter(None, lines)
+        left_out[path] = lines.count(None)
+    return sorted(records, key=lambda r: r["tokens"]), left_out
 
 
 def read_record(line):
@@ -94,7 +100,7 @@ def draw(records, to):
         for name, points in sorted(curves.items()):
             x, y = zip(*points, strict=True)
             colour = f"C{names.index(name)}"
-            axis.plot([tokens / 1e6 for tokens in x], y, marker=marker, markersize=4, label=name, color=colour)
+            axis.plot([tokens / 1e6 for tokens in x], y, marker=marker, markersize=4, label=label(name), color=colour)
         late = [
             y for points in curves.values() for _, y in points[len(points) // 10 :]
         ]  # the first fall hides the rest
@@ -103,8 +109,9 @@ def draw(records, to):
         for phase, tokens in phases.items():
             axis.axvline(tokens / 1e6, color="grey", linewidth=0.8, linestyle=":")
             axis.annotate(
-                phase, (tokens / 1e6, 0.98), xycoords=("data", "axes fraction"), va="top", color="grey", fontsize=8
-            )
+                label(phase), (tokens / 1e6, 0.98), xycoords=("data", "axes fraction"), va="top", color="grey",
+                fontsize=8,
+            )  # fmt: skip
         axis.grid(alpha=0.2)
         if curves:
             axis.legend()
@@ -117,11 +124,15 @@ def main(argv):
     parser.add_argument("folder", type=errors.path, help="the --out of a run, or one phase in it")
     parser.add_argument("--to", type=errors.path, help="picture to write; default: curves.png in the folder")
     args = parser.parse_args(argv)
-    records = read_logs(args.folder)
-    if not records:
-        raise UserError(f"there is no log.jsonl with records in it in {args.folder} or right under it")
     to = args.to or args.folder / "curves.png"
+    pyplot(to)  # what it lacks is said before anything else
+    records, left_out = read_logs(args.folder)
+    if not records:
+        raise UserError(f"there is no log.jsonl with records of train.py in {args.folder} or right under it")
     draw(records, to)
+    for path, n_lines in left_out.items():
+        if n_lines:
+            print(f"left out {n_lines} lines of {path}, which are no records of train.py")
     print(f"wrote {to}")
 
 

@@ -142,7 +142,7 @@ def text_of(argument):
             return Path(path).read_bytes().decode("utf-8-sig")
         argument.encode()  # a shell hands on any bytes
     except UnicodeError:
-        raise UserError(f"{argument} is not UTF-8 text") from None
+        raise UserError(f"{argument!r} is not UTF-8 text") from None
     if path:
         print(f"sample.py: there is no such file, so this is the text: {reprlib.repr(argument)}", file=sys.stderr)
     return argument

@@ -40,7 +40,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -63,7 +62,7 @@ from eval import bits_of, floor, load_results, mean, read_tasks
 from machine import find_device
 from mix import ALGORITHM
 from model import GPT, PRESETS
-from plot import pyplot, save
+from plot import label, pyplot, save
 
 HERE = Path(__file__).parent
 
@@ -520,24 +519,23 @@ def plot(tables, study, to):
     size = (2 + 2.6 * columns, (0.6 + 0.3 * len(others)) * rows + 0.8)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
-        for shift, (label, table) in enumerate(tables.items()):
+        for shift, (title, table) in enumerate(tables.items()):
             for y, variant in enumerate(others):
                 if variant in table.get(name, {}):
                     mean, half = table[name][variant][1]
                     where, colour = y + 0.2 * shift, f"C{shift}"
                     half = 0 if math.isnan(half) else half
-                    how = {"color": colour, "label": None if y else label, "fmt": "o", "markersize": 4}
+                    how = {"color": colour, "label": None if y else title, "fmt": "o", "markersize": 4}
                     axis.errorbar(mean, where, xerr=half, **how)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=name, yticks=range(len(others)), yticklabels=[textwrap.shorten(one, 60) for one in others])
+        axis.set(title=label(name), yticks=range(len(others)), yticklabels=[*map(label, others)])
         axis.tick_params(labelsize=8)
     axes[0, 0].invert_yaxis()
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     if len(tables) > 1:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", fontsize=8)
-    baseline = textwrap.shorten(study["baseline"], 60)
-    figure.suptitle(f"difference from {baseline}, 95% over {len(study['seeds'])} seeds and examples")
+    figure.suptitle(f"difference from {label(study['baseline'])}, 95% over {len(study['seeds'])} seeds and examples")
     save(figure, to)
 
 
@@ -603,7 +601,8 @@ def show_cost(study, ends, out, data, evaluation):
                 drawn[source] += run.tokens * weight / sum(w for _, w in run.mix)
         epochs = {name: tokens / prepared(Path(data) / name)["train"]["tokens"] for name, tokens in drawn.items()}
         many = ", ".join(f"{epoch:.1f} epochs of {name}" for name, epoch in epochs.items() if epoch > 1)
-        print(f"{cell(variant):<24} {' -> '.join(f'{run.name} {train.si(run.tokens)}' for run in line)}   {many}".rstrip())
+        phases = " -> ".join(f"{run.name} {train.si(run.tokens)}" for run in line)
+        print(f"{cell(variant):<24} {phases}   {many}".rstrip())
     alone = sum(run.tokens for pair in ends.values() for run in (pair[1] or pair[0]).line())
     tokens, flops = sum(run.tokens for run in runs), sum(run.flops for run in runs)
     ready = [run for run in runs if done(run, out, runs[run])]

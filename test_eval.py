@@ -1,7 +1,10 @@
 """What eval.py promises: its numbers against arithmetic done another way, and against others' programs if installed."""
 
+import dataclasses
+import gzip
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -14,7 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import eval as evaluation
+import plot
+import sample
 import tokenizer
 import train
 from conftest import losses, run
@@ -123,20 +129,383 @@ def test_texts_are_scored_token_by_token_with_windows_of_full_contexts(model):
     assert logs == pytest.approx([alone(model, context, some)[0] for context, (some,) in asked], abs=1e-3)
 
 
+# -------------------------------------------------------------------------------------------- what people have and type
+
+CHOICE = {"kind": "choice", "context": "The garden has", "sep": " ", "choices": ["a lamp", "a river"], "answer": 1}
+SCHEMA = {"kind": "schema", "contexts": ["A lamp", "A river"], "sep": " ", "continuation": "runs", "answer": 1}
+COMPLETION = {"kind": "completion", "context": "A river", "sep": " ", "answer": "runs"}
+CODE = {"kind": "code", "prompt": "def f(x):", "solution": "    return x", "tests": "assert f(1) == 1"}
+INFILL = {"kind": "infill", "prompt": "def f(x):", "suffix": "", "answer": "    return x"}
+
+
+def write_source(folder, text, n_val):
+    """A prepared source of few tokens, of which n_val are held out."""
+    folder.mkdir(parents=True)
+    about = {"name": "nanocrystal", "vocab_size": 512, "sha256": tokenizer.digest(ENCODING)}
+    meta = {"format": 1, "tokenizer": about}
+    for split, n in (("train", 200), ("val", n_val)):
+        ids = np.array((ENCODING.encode_ordinary(text) * 200)[:n], "<u2")
+        ids.tofile(folder / f"{split}.bin")
+        shards = [{"file": f"{split}.bin", "tokens": n, "sha256": split}] * bool(n)
+        meta[split] = {"tokens": n, "documents": 1, "bytes": n, "shards": shards}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="module")
+def tiny(model, tmp_path_factory):
+    """A phase with one checkpoint, of random weights, which are said to have been trained on two sources."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, text in (("text", "A river runs.\n"), ("code", "def f(x):\n    return x\n\n")):
+        write_source(folder / "data" / name, text, 400)
+    state = {"phase": "tiny", "step": 5, "tokens": 1024, "model": dataclasses.asdict(model.config)}
+    state["tokenizer"] = {"name": "nanocrystal", "vocab_size": 512}
+    state["config"] = {"data": str(folder / "data"), "mix": {"text": 0.5, "code": 0.5}}
+    checkpoint.save(folder / "out/tiny/checkpoints", 5, {"model": dict(model.named_parameters())}, state, 1)
+    return folder / "out/tiny"
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A function that writes a task file, lines as dicts or texts, and gives the folder of all of them."""
+
+    def write(name, *lines):
+        folder = tmp_path / "tasks"
+        folder.mkdir(exist_ok=True)
+        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        (folder / name).write_bytes(text.encode())
+        return folder
+
+    return write
+
+
+def strict(text):
+    """JSON without the words that it has not."""
+
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def is_mistake(capsys, code, *words):
+    """Whether a command has ended as it does of a mistake, with one line on stderr that has these words in it."""
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1, said
+    assert all(word in said for word in words), said
+    return True
+
+
 @pytest.mark.parametrize(
-    "lines, word",
+    "line, word",
     [
-        ("{", "is not JSON lines"),
-        ('{"kind": "riddle"}', "'riddle', which is none of choice"),
-        ('{"kind": "text"}', "line 1, lacks text"),
+        *((CHOICE | {"answer": answer}, "answer is") for answer in (2, -1, "B", True, 1.0)),
+        (CHOICE | {"answer": None}, "lacks answer"),
+        *((CHOICE | {"choices": choices}, "choices is") for choices in ([], ["one"], "ab", [1, 2], ["a", ""])),
+        (CHOICE | {"context": 3}, "context is 3"),
+        (CHOICE | {"context": "\ud800"}, "context is"),
+        (SCHEMA | {"answer": 2}, "answer is 2"),
+        (SCHEMA | {"contexts": ["a", None]}, "contexts is"),
+        (COMPLETION | {"answer": ""}, "answer is ''"),
+        (COMPLETION | {"context": "retu", "sep": "", "answer": "rn"}, "no token of its own"),
+        (CODE | {"tests": ["assert f(1) == 1"]}, "tests is"),
+        (CODE | {"lang": 3}, "lang is 3"),
+        (INFILL | {"suffix": None}, "lacks suffix"),
+        ({"kind": "text", "text": ""}, "text is ''"),
+        ({"kind": "riddle"}, "'riddle', which is none of choice"),
+        ({"kind": ["text"]}, "which is none of choice"),
+        ({"kind": "text"}, "lacks text"),
+        ("null", "no JSON object but None"),
+        ("[" * 9999, "not JSON"),
+        ('{"kind": "text", "text": ', "not JSON"),
     ],
 )
-def test_task_files_that_cannot_be_read_are_named(tmp_path, lines, word):
-    (tmp_path / "t.jsonl").write_text(lines + "\n")
-    with pytest.raises(evaluation.EvalError, match=word):
-        evaluation.read_tasks(tmp_path, ["t"], None)
-    with pytest.raises(evaluation.EvalError, match="no task or group 'u'; it has t"):
-        evaluation.read_tasks(tmp_path, ["u"], None)
+def test_a_line_that_cannot_be_scored_is_named_before_any_scoring(tiny, tasks, tmp_path, capsys, line, word):
+    folder = tasks("first.jsonl", CHOICE)
+    tasks("quiz.jsonl", "", line)
+    to = tmp_path / "r.json"
+    code = evaluation.main([str(tiny), f"--data={folder}", "--tasks=all", f"--out={to}"])
+    assert is_mistake(capsys, code, f"{folder}/quiz.jsonl, line 2", word) and not to.exists()
+
+
+def test_a_file_has_examples_of_one_kind(tasks):
+    for lines, word in (([COMPLETION, CHOICE], "line 2, has kind 'choice'"), (["", " "], "has no examples")):
+        with pytest.raises(evaluation.EvalError, match=word):
+            evaluation.read_tasks(tasks("quiz.jsonl", *lines), ["quiz"], None)
+    with pytest.raises(evaluation.EvalError, match="no task or group 'u'; it has quiz"):
+        evaluation.read_tasks(tasks("quiz.jsonl", CHOICE), ["u"], None)
+
+
+def test_fields_that_a_kind_does_not_know_are_nothing_to_it(tiny, tasks, tmp_path):
+    strange = {"ids": [1], "bytes": "x", "sub": ["a"], "id": None, "tests": None}
+    one = strange | {"choices": None} | SCHEMA
+    folder = tasks("a.jsonl", *[strange | SCHEMA | {"choices": [1, 2, 3]}] * 2, one | {"sub": 3})
+    tasks("b.jsonl", *[SCHEMA] * 3)
+    assert evaluation.main([str(tiny), f"--data={folder}", "--tasks=a,b", f"--out={tmp_path / 'r.json'}"]) == 0
+    a, b = (strict((tmp_path / "r.json").read_text())["tasks"][name] for name in "ab")
+    assert a["scores"] == b["scores"] and a["chance"] == b["chance"] and a["ids"] == b["ids"] == ["0", "1", "2"]
+
+
+LINES = "".join(json.dumps(CHOICE | {"context": f"In {place} is", "note": "naïve"}, ensure_ascii=False) + "\n"
+                for place in ("the hall", "a shed", "it")).encode()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("quiz.jsonl", LINES.replace(b"\n", b"\r\n")),
+        ("quiz.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("quiz.jsonl", b"\n" + LINES.replace(b"\n", b"\n \t\n\n")),
+        ("QUIZ.JSONL", LINES),
+        ("quiz.jsonl.gz", gzip.compress(LINES)),
+        ("quiz.jsonl.XZ", lzma.compress(LINES)),
+    ],
+)
+def test_a_task_is_the_same_however_its_file_was_saved(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    (task,) = evaluation.read_tasks(tmp_path, ["all"], None)
+    (tmp_path / name).unlink()
+    (tmp_path / "quiz.jsonl").write_bytes(LINES)
+    (plainly,) = evaluation.read_tasks(tmp_path, ["quiz"], None)
+    assert (task.examples, task.sha256) == (plainly.examples, plainly.sha256)
+    assert evaluation.read_tasks(tmp_path, ["quiz"], 2)[0].examples == plainly.examples[:2]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("quiz.jsonl", LINES.decode().encode("utf-16")),
+        ("quiz.jsonl", LINES.decode().encode("latin-1")),
+        ("quiz.jsonl", gzip.compress(LINES)),
+        ("quiz.jsonl.gz", gzip.compress(LINES)[:-9]),
+        ("quiz.jsonl.gz", LINES),
+        ("quiz.jsonl.xz", lzma.compress(LINES)[:-9]),
+        ("quiz.jsonl.xz", LINES),
+        ("tasks.json", b"{"),
+        ("tasks.json", b'{"good": "group"}'),
+        ("tasks.json", b'{"good": {"group": 3}}'),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, capsys, tiny, name, content):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.jsonl").write_bytes(LINES)
+    code = evaluation.main([str(tiny), f"--data={tmp_path}", "--tasks=all", f"--out={tmp_path / 'r.json'}"])
+    assert is_mistake(capsys, code, str(tmp_path / name)) and not (tmp_path / "r.json").exists()
+
+
+def test_a_task_is_called_by_what_stands_before_jsonl(tasks):
+    for name in ("b.jsonl", "a.b.jsonl", "b.jsonl.bak", "b.jsonl~", ".b.jsonl.swp", "._b.jsonl", "b.jsonl.orig.txt"):
+        folder = tasks(name, *[CHOICE] * len(name))
+    read = {task.name: len(task.examples) for task in evaluation.read_tasks(folder, ["all"], None)}
+    assert read == {"b": len("b.jsonl"), "a.b": len("a.b.jsonl")}
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    assert len(evaluation.read_tasks(folder, ["a.b"], None)) == 1  # who asks for another is not concerned
+    with pytest.raises(evaluation.EvalError, match=r"b\.jsonl and .*b\.jsonl\.gz are both the task b"):
+        evaluation.read_tasks(folder, ["all"], None)
+
+
+def test_results_are_strict_json_and_are_read_as_before(tiny, tasks, tmp_path, capsys):
+    folder, to, samples = tasks("quiz.jsonl", CHOICE | {"weight": math.nan}), tmp_path / "r.json", tmp_path / "s.jsonl"
+    command = [str(tiny), f"--data={folder}", "--tasks=quiz", f"--out={to}", f"--samples={samples}"]
+    assert evaluation.main(command) == 0
+    results, first = strict(to.read_text()), capsys.readouterr().out
+    assert results["tasks"]["quiz"]["scores"]["acc"]["se"] is None  # of one example
+    assert strict(samples.read_text())["task"] == "quiz"
+    old = to.read_text().replace("null", "NaN")  # as it used to be written
+    for content in (to.read_text(), old):
+        to.write_text(content)
+        assert evaluation.main(command) == 0 and capsys.readouterr().out == first
+        assert evaluation.main(["--compare", str(to), str(to)]) == 0 and "+0.0000" in capsys.readouterr().out
+    for plotted in ([to], [to, to]):
+        pytest.importorskip("matplotlib")
+        assert evaluation.main([*map(str, plotted), f"--plot={tmp_path / 'new/p.PNG'}"]) == 0
+        assert (tmp_path / "new/p.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+@pytest.mark.parametrize("option", ["--out", "--samples"])
+@pytest.mark.parametrize("content", ['{"my": "notes"}', "my notes\n", json.dumps(CHOICE) + "\n", '{"tasks": {}}', None])
+def test_a_file_of_somebody_else_is_not_replaced(tiny, tasks, tmp_path, capsys, option, content, fresh):
+    to, folder = tmp_path / "mine", tasks("quiz.jsonl", CHOICE)
+    if content is None:
+        to.mkdir()
+    else:
+        to.write_text(content)
+    others = {"--out": tmp_path / "r.json"} | {option: to}
+    options = [f"{name}={path}" for name, path in others.items()]
+    code = evaluation.main([str(tiny), f"--data={folder}", "--tasks=quiz", *options, *fresh])
+    assert is_mistake(capsys, code, str(to))
+    assert to.is_dir() if content is None else to.read_text() == content
+
+
+def change(value, path, to):
+    """A nested dict or list with one member changed, or removed if `to` is `...`."""
+    *outer, last = path
+    inner = value
+    for name in outer:
+        inner = inner[name]
+    inner[last] = to
+    if to is ...:
+        del inner[last]
+    return value
+
+
+@pytest.mark.parametrize(
+    "path, to",
+    [
+        (["meta"], ...),
+        (["meta", "tokens"], "many"),
+        (["tasks"], []),
+        (["tasks", "quiz"], None),
+        (["tasks", "quiz", "scores"], ...),
+        (["tasks", "quiz", "scores", "acc"], 0.5),
+        (["tasks", "quiz", "chance"], "half"),
+        (["tasks", "quiz", "items", "acc"], ...),
+        (["tasks", "quiz", "items", "acc", 1], "right"),
+        (["tasks", "quiz", "items", "bits", 0], 10**400),
+        (["tasks", "quiz", "items", "bits", 0], ...),
+        (None, '{"meta": {"key'),
+        (None, "[]"),
+    ],
+)
+def test_a_damaged_result_is_named_in_one_line_and_left_as_it_is(tiny, tasks, tmp_path, capsys, path, to):
+    folder, good, bad = tasks("quiz.jsonl", CHOICE, CHOICE), tmp_path / "good.json", tmp_path / "bad.json"
+    command = [str(tiny), f"--data={folder}", "--tasks=quiz"]
+    assert evaluation.main([*command, f"--out={good}"]) == 0
+    bad.write_text(to if path is None else json.dumps(change(json.loads(good.read_text()), path, to)))
+    content = bad.read_text()
+    capsys.readouterr()
+    plotted = [str(bad), f"--plot={tmp_path / 'p.png'}"]
+    for arguments in ([*command, f"--out={bad}"], ["--compare", str(good), str(bad)], plotted):
+        pytest.importorskip("matplotlib")
+        assert is_mistake(capsys, evaluation.main(arguments), str(bad)) and bad.read_text() == content
+
+
+def test_results_of_other_settings_of_what_is_written_are_not_taken_over(tiny, tasks, tmp_path, capsys):
+    to, folder = tmp_path / "r.json", tasks("gaps.jsonl", INFILL, INFILL)
+    command = [str(tiny), f"--data={folder}", "--tasks=gaps", f"--out={to}"]
+    settings = ["--generate", "--max_new_tokens=2"]
+
+    def taken_over(*more):
+        results = json.loads(to.read_text())
+        results["tasks"]["gaps"]["scores"]["bpb"]["mean"] = 77.0
+        to.write_text(json.dumps(results))
+        capsys.readouterr()
+        assert evaluation.main([*command, *more]) == 0
+        return "77.000" in capsys.readouterr().out
+
+    assert evaluation.main(command) == 0
+    assert taken_over()
+    assert not taken_over(*settings)
+    assert taken_over(*settings) and taken_over()  # who does not ask for answers takes what there is
+    for other in ("--max_new_tokens=3", "--temperature=0", "--top_p=0.5", "--seed=2", "--no_healing"):
+        assert not taken_over(*settings, other), other
+    assert not taken_over(*settings, "--fresh")
+
+
+@pytest.mark.parametrize("left", [0, 40, None])
+def test_a_source_without_a_held_out_part_does_not_keep_the_others_from_evaluation(tiny, tmp_path, capsys, left):
+    write_source(tmp_path / "data/text", "A river runs.\n", 400)
+    if left is not None:
+        write_source(tmp_path / "data/code", "x = 1\n", left)
+    options = [f"--sources={tmp_path / 'data'}", f"--out={tmp_path / 'r.json'}", "--limit=2"]
+    if left is None:
+        (tmp_path / "data/code").mkdir()
+        (tmp_path / "data/code/train.bin").write_bytes(b"ab")
+    assert evaluation.main([str(tiny), *options]) == 0
+    assert "code has no held-out part of one window" in capsys.readouterr().out
+    assert {"text"} == {name for name in json.loads((tmp_path / "r.json").read_text())["tasks"] if "_" not in name}
+    shutil.rmtree(tmp_path / "data/text")
+    assert is_mistake(capsys, evaluation.main([str(tiny), *options]), "no ")
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_named(tiny, tmp_path, capsys):
+    (tmp_path / "data/text").mkdir(parents=True)
+    np.array([5] * 100 + [600] * 200, "<u2").tofile(tmp_path / "data/text/val.bin")
+    options = [f"--sources={tmp_path / 'data'}", f"--out={tmp_path / 'r.json'}"]
+    assert is_mistake(capsys, evaluation.main([str(tiny), *options]), f"{tmp_path / 'data/text'} holds id 600")
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["nothing"], "nothing"),
+        ([], "which checkpoint"),
+        *((["x", f"--{option}"], f"--{option.split('=')[0]}") for option in (
+            "limit=0", "tokens_per_batch=0", "samples_per_task=0", "max_new_tokens=-1", "temperature=nan", "top_p=0",
+            "seed=-1", f"seed={2**70}", "seconds=inf", "seconds=0", "limit=1e3", "device=gpu", "device=cuda:99",
+        )),
+        (["--compare", "no.json", "no.json"], "no.json"),
+        (["x", "--plot=results.json"], "results.json: a picture's name ends in"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_line(arguments, word, capsys):
+    assert is_mistake(capsys, evaluation.main(arguments), word)
+
+
+@pytest.mark.parametrize(
+    "option, word",
+    [
+        *((option, f"--{option.split('=')[0]}") for option in (
+            "n=0", "tokens=-1", "temperature=nan", "temperature=-1", "top_p=2", "seed=-1", f"seed={2**70}", "n=two",
+            "device=gpu", "device=cuda:99", "device=meta",
+        )),
+        ("prompt=caf\udce9", "is not UTF-8 text"),
+        ("prompt=@FOLDER", "is a folder"),
+        ("prompt=@FOLDER/latin.txt", "is not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_sampling_gets_one_line(option, word, tiny, tmp_path, capsys):
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    code = sample.main([str(tiny), f"--{option}".replace("FOLDER", str(tmp_path))])
+    assert is_mistake(capsys, code, word)
+
+
+@pytest.mark.parametrize("text", ["@property", "@", "@@ -1,3 +1,4 @@", "@a\n" * 200, "@~/no/such/file"])
+def test_a_text_may_begin_with_at(text, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sample.main([str(tiny), "--tokens=2", f"--prompt={text}"]) == 0
+    assert capsys.readouterr().out.startswith(text)
+    (tmp_path / "story.txt").write_bytes(b"\xef\xbb\xbfOnce\r\n")
+    assert sample.main([str(tiny), "--tokens=2", "--prompt=@~/story.txt"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("Once\r\n") and not said.err
+
+
+RECORDS = [{"step": n, "phase": "a", "tokens": 512 * n, "loss_by_source": {"text": 5.0 - n, "code$_{": 4.0}}
+           for n in range(4)]  # fmt: skip
+RECORDS += [{"step": 4, "phase": "a", "tokens": 2048, "val": {"text": {"loss": 5.0, "bpb": None}, "b": {"bpb": 2.5}}}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 5, "phase": "a", "tok', "null", "[]", "\x00", {"step": 5}, {"phase": "a", "tokens": "512"},
+        {"phase": 3, "tokens": 512}, {"phase": "a", "tokens": 10**400}, {"phase": "a", "tokens": 9, "val": [1]},
+        {"phase": "a", "tokens": 9, "val": {"text": 2.5}}, {"phase": "a", "tokens": 9, "loss_by_source": {"text": "2"}},
+    ],
+)  # fmt: skip
+def test_a_log_is_drawn_without_the_lines_that_are_none(tmp_path, capsys, line):
+    pytest.importorskip("matplotlib")
+    lines = [json.dumps(record) for record in RECORDS]
+    lines.insert(2, line if isinstance(line, str) else json.dumps(line))
+    path = tmp_path / "a/log.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(lines))
+    records, left_out = plot.read_logs(tmp_path)
+    assert records == RECORDS and left_out == {path: 1}
+    assert plot.series(records)[1] == {"b": [(2048, 2.5)]}
+    assert plot.main([str(tmp_path)]) == 0 and f"left out 1 lines of {path}" in capsys.readouterr().out
+    assert is_mistake(capsys, plot.main([str(tmp_path), "--to=curves.txt"]), "curves.txt")
+    path.write_text(lines[2])
+    assert is_mistake(capsys, plot.main([str(tmp_path)]), "no log.jsonl with records")
+
+
+def test_runs_that_have_diverged_and_strange_names_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    name = "$x_{ | \udce9 木" + "y" * 500
+    records = [{"phase": name, "tokens": n, "loss_by_source": {name: [1.0, math.nan, 1e299][n]}} for n in range(3)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert plot.main([str(tmp_path)]) == 0
 
 
 # ------------------------------------------------------------------------------------------------ others' programs
@@ -312,20 +681,6 @@ def test_code_is_written_cut_and_run(model, tmp_path, monkeypatch):
         "def f(x):\n    return x\nassert f(2) == 4",
     ]
     assert evaluation.run_programs(programs, 5.0, (1, 2, 3)) == {"pass@1": [0.5, 1.0], "pass@2": [1.0, 1.0]}
-
-
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        (("nothing",), "nothing"),
-        ((), "which checkpoint"),
-        (("x", "--limit=0"), "--limit is above 0"),
-        (("--compare", "no.json", "no.json"), "no.json"),
-    ],
-)
-def test_bad_input_gets_one_line(arguments, word):
-    done = run("eval.py", *arguments)
-    assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_program_that_a_text_asks_for_is_not_over_at_its_first_line(model, tmp_path, monkeypatch):
