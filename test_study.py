@@ -25,7 +25,7 @@ import mixture
 import study
 import train
 from configurator import read_command_line
-from conftest import ROOT, run, write_phases
+from conftest import ROOT, write_phases
 from model import PRESETS
 
 STUDY = """
@@ -363,6 +363,13 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
     ):
         assert mixture.main(arguments) == 2
         assert word in capsys.readouterr().err
+    (broken,) = [path for path in tmp_path.glob("0-0-0/*") if path.name != "trained.json"]
+    result = json.loads(broken.read_text())
+    for wrong in ({"measures": [1]}, {"measures": {"a": None}}, {"measures": {"a": "1"}}, {"evaluation": 3}):
+        broken.write_text(json.dumps(result | wrong))
+        assert mixture.main([str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert str(broken) in said and said.count("\n") == 1
     fake_runs(tmp_path / "few", truth, mixtures[:3])
     assert mixture.main([str(tmp_path / "few")]) == 2 and "too few" in capsys.readouterr().err
 
@@ -390,14 +397,150 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
         ("cooldown = ['c.py']\n", [], "cooldown is one phase"),
         ("variants['both'][1] = variants['both'][1], {'block_size': 16}\n", [], "differ in block_size"),
         ("variants['alone'][0][1]['lr_peak'] = 1\n", ["--lr_end=0.1"], "--lr_end: the study sets that, or what"),
+        ("variants['both'][0] = ('a.py',)\n", [], "variant 'both' is no list of phases"),
+        ("variants['both'][0] = ('a.py', 3)\n", [], "variant 'both' is no list of phases"),
+        ("variants['both'][0] = ('nowhere.py', {})\n", [], "there is no config file nowhere.py"),
+        ("knobs = ['lr']\n", [], "knobs is a dict"),
+        ("knobs = {'seed': 3}\n", [], "--seed: a study decides that itself"),
+        ("tasks = ['quick']\n", [], "tasks a text"),
+        ("picture = 'p.png'\n", [], "picture is a function"),
+        ("seeds = ('1', '2')\n", [], "list of different numbers"),
+        ("exit()\n", [], "tiny.py: SystemExit"),
         ("variants = {\n", [], "SyntaxError"),
         ("", ["--data=nowhere"], "nowhere/text is not prepared"),
+        ("", ["--lr"], "lr"),
+        ("", ["another.py"], "another.py is neither an option"),
     ],
 )
-def test_bad_input_gets_one_line(change, arguments, word, tiny):
+def test_bad_input_gets_one_line(change, arguments, word, tiny, capsys):
     tiny.write_text(tiny.read_text() + (change or ""))
-    done = run("study.py", *([tiny] if change is not None else []), *arguments)
-    assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+    assert study.main([*([str(tiny)] if change is not None else []), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1
+
+
+def test_a_study_means_the_same_from_every_folder(tiny, data, tmp_path, monkeypatch):
+    plan = keys(study.plan(study.load_study(tiny), {}))
+    text = tiny.read_text()
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "config").mkdir(parents=True)
+    (elsewhere / "a.py").write_text("lr = 1\n")  # of another study
+    (elsewhere / "config/phase1.py").write_text("lr = 1\n")
+    below = tmp_path / "studies/tiny.py"
+    below.parent.mkdir()
+    shipped = {}
+    for folder in (tmp_path, elsewhere, ROOT):
+        monkeypatch.chdir(folder)
+        for path in (tiny, below):  # beside the configs, and in a folder beside them
+            path.write_text(text.replace(f"{tmp_path}/", ""))
+            assert keys(study.plan(study.load_study(os.path.relpath(path)), {})) == plan
+        below.write_text(text.replace(f"{tmp_path}/a.py", "config/phase1.py"))
+        shipped[folder] = keys(study.plan(study.load_study(below), {"data": str(data), "block_size": "32"}))
+    assert shipped[tmp_path] == shipped[elsewhere] == shipped[ROOT] != plan
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "import numpy as np\nseeds = np.arange(1, 3)\n",
+        "import numpy as np\nseeds, knobs = [np.int64(1), np.int32(2)], {'share': np.float64(0.1)}\n",
+        "import numpy as np\nvariants['text'][1][1]['mix'] = {'text': np.float64(1.0)}\n",
+        "from pathlib import Path as _Path\nvariants['both'] = tuple(map(_Path, variants['both']))\n",
+        "seeds = range(1, 3)\n",
+    ],
+)
+def test_numbers_and_lists_of_other_kinds_are_what_they_say(tiny, tmp_path, change):
+    plan = keys(study.plan(study.load_study(tiny), {}))
+    tiny.write_bytes(b"\xef\xbb\xbf" + (tiny.read_text() + change).encode())
+    changed = study.load_study(tiny)
+    assert keys(study.plan(changed, {})) == plan
+    json.dumps({name: value for name, value in changed.items() if name != "file"})
+
+
+def test_a_knob_may_be_apart_from_its_value(tiny, tmp_path, capsys):
+    said = []
+    for words in (["--clip=0.5", "--budget=40K"], ["--clip", "0.5", "--budget", "40K"]):
+        for command in ([str(tiny), *words], [*words, str(tiny)]):
+            assert study.main([*command, "--dry", f"--out={tmp_path / 'runs'}"]) == 0
+            said.append(capsys.readouterr().out)
+    assert len({*said}) == 1
+    assert study.main([str(tiny), "--dry"]) == 0 and capsys.readouterr().out != said[0]
+
+
+def write_runs(path, out):
+    """What the runs of a study leave when they are trained and evaluated, with numbers made up -> their folders."""
+    ends = study.plan(study.load_study(path), {})
+    evaluation_ = study.evaluation_of(study.load_study(path), ends, *study_data(ends), 200, {"dtype": "", "device": ""})
+    dice, runs = np.random.default_rng(0), {end for end, _ in ends.values()}
+    for one in study.all_runs(ends, evaluation_):
+        about = {"parent": one.parent and one.parent.key, "decides": one.decides, "mix": dict(one.mix)}
+        study.files.write_json(study.trained_path(one, out), about | {"seconds": 2.0, "flops": one.flops})
+    for one in runs:
+        tasks = {
+            name: {
+                "kind": "text", "group": "held out", "n": 4, "sha256": "x",
+                "scores": {"bpb": {"mean": 1.0, "se": None}},
+                "items": {"bits": dice.uniform(8, 9, 4).tolist(), "bytes": [4] * 4},
+            }
+            for name in ("text", "code")
+        }  # fmt: skip
+        scores = study.scores_path(one, out, evaluation_)
+        study.files.write_json(scores, {"meta": {"key": {}, "tokens": 1}, "tasks": tasks})
+        values = {name: study.value(of) for name, of in study.measures(evaluation.load_results(scores)).items()}
+        result = {"evaluation": evaluation_, "measures": values, "seconds": 1.0}
+        study.files.write_json(study.result_path(one, out, evaluation_), result)
+
+
+def study_data(ends):
+    return next(iter(ends.values()))[0].data, ""
+
+
+def test_any_name_of_a_variant_fits_into_the_table_and_the_picture(tiny, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    strange = ["a|b", "two\nlines", "x" * 500, "$x_{", "木", 3]
+    text = "".join(f"variants[{name!r}] = variants['alone']\n" for name in strange)
+    tiny.write_text(tiny.read_text() + text + "baseline = 'a|b'\n")
+    out = tmp_path / "runs"
+    write_runs(tiny, out)
+    assert study.main([str(tiny), f"--out={out}", "--table"]) == 0
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3 + len(strange) and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert "| a\\|b" in said and "| two lines" in said and "no picture" not in said
+    assert {run["variant"] for run in json.loads((out / "tiny.json").read_text())["runs"]["as trained"]} >= {"3", "a|b"}
+
+
+@pytest.mark.parametrize(
+    "name, content", [("tiny.json", '{"my": "notes"}'), ("tiny.json", "notes"), ("tiny.png", "mine")]
+)
+def test_a_table_that_no_study_has_written_is_not_replaced(tiny, inside, tmp_path, capsys, name, content):
+    out = tmp_path / "runs"
+    out.mkdir()
+    (out / name).write_text(content)
+    assert study.main([str(tiny), f"--out={out}"]) == 2 and not inside
+    said = capsys.readouterr().err
+    assert str(out / name) in said and said.count("\n") == 1 and (out / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("trained.json", lambda text: text[:20]),
+        ("trained.json", lambda text: text.replace('"flops"', '"flop"')),
+        ("eval-*.json", lambda text: text.replace('"bits"', '"bit"')),
+        ("eval-*.json", lambda text: "[]"),
+        ("result-*.json", lambda text: text.replace('"seconds": 1.0', '"seconds": "1"')),
+        ("result-*.json", lambda text: ""),
+    ],
+)
+def test_what_a_run_has_left_is_named_if_it_is_damaged(tiny, tmp_path, capsys, name, damage):
+    out = tmp_path / "runs"
+    write_runs(tiny, out)
+    path = sorted(out.glob(f"*/{name}"))[0]
+    path.write_text(damage(path.read_text()))
+    codes = [study.main([str(tiny), f"--out={out}", option]) for option in ("--dry", "--table")]
+    said = capsys.readouterr().err
+    assert str(path) in said and said.count("\n") == codes.count(2) >= 1
 
 
 @pytest.fixture(scope="module")
