@@ -163,12 +163,14 @@ def read_tasks(folder, names, limit):
 def read_groups(path, tasks):
     """{task: its group} from a tasks.json, if there is one; it may tell more, and of other tasks. EvalError."""
     about = files.read_json(path) if path.exists() else {}
-    if strange := files.misfit({task: about[task] for task in tasks if task in about}, {...: dict}):
-        raise EvalError(f"{path}: {strange} is no object")
-    group_of = {task: about[task]["group"] for task in tasks if about.get(task, {}).get("group") is not None}
-    if strange := files.misfit(group_of, {...: str}):
-        raise EvalError(f"{path}: the group of {strange} is no text")
-    return group_of
+    about = {task: about[task] for task in tasks if task in about}
+    if wrong := files.misfit(about, {...: dict}) or files.misfit(about, {...: has_group}):
+        raise EvalError(f"{path}: {wrong}; it has to be an object, whose group is text")
+    return {task: of["group"] for task, of in about.items() if of.get("group") is not None}
+
+
+def has_group(about):
+    return about.get("group") is None or isinstance(about["group"], str)
 
 
 def read_task(name, path, group, limit):
@@ -550,11 +552,10 @@ def held_out(folder, block_size, vocabulary, limit, seed, fills):
     """Tasks from the held-out part of a source: its windows as text, and if the model `fills` any two kinds of holes in
     their longest documents, a span between any two characters and a line, in as much as half a context holds."""
     source, rng = Source(folder, "val", block_size), np.random.default_rng(seed)
+    source.ids = len(vocabulary.token_bytes)
     if source.tokenizer not in (None, tokenizer.digest(vocabulary.encoding)):
         raise EvalError(f"{folder} holds ids of another tokenizer than {vocabulary.encoding.name}")
     rows = source.rows(limit)
-    if rows.max() >= (n_vocab := len(vocabulary.token_bytes)):
-        raise EvalError(f"{folder} holds id {rows.max()}, and {vocabulary.encoding.name} has the ids below {n_vocab}")
     sha256 = hashlib.sha256(rows).hexdigest()
     windows = [{"ids": row.tolist(), "bytes": sum(len(vocabulary.token_bytes[i]) for i in row[1:])} for row in rows]
     made = [Task(folder.name, "text", "held out", windows, sha256)]
@@ -788,11 +789,11 @@ def load_results(path):
     results = files.read_json(path, RESULTS)
     for name, task in results["tasks"].items():
         measured = {measure: of for measure, of in task["items"].items() if measure not in ("logs", "programs")}
-        strange = files.misfit(task["scores"], {...: SCORE}) or files.misfit(measured, {...: [files.number]})
+        wrong = files.misfit(task["scores"], {...: SCORE}) or files.misfit(measured, {...: [files.number]})
         if task["kind"] in ("choice", "schema"):
-            strange = strange or files.misfit(task, CHOICE)
-        if strange or any(len(of) != task["n"] for of in measured.values()):
-            raise EvalError(f"{path} is damaged or of another program: {strange or 'items'} of {name} does not fit")
+            wrong = wrong or files.misfit(task, CHOICE)
+        if wrong or any(len(of) != task["n"] for of in measured.values()):
+            raise EvalError(f"{path}, of {name}: {wrong or 'items are not as many as n'}")
         for score in task["scores"].values():
             score.update({key: math.nan for key in SCORE if score[key] is None})
     return results | {"groups": groups(results["tasks"])}

@@ -113,9 +113,14 @@ def shown(value):
     return json.dumps(value, default=repr)[:60]
 
 
+def real(value):
+    """Whether a value out of a JSON file is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def number(value):
-    """Whether a value out of a JSON file is a number that a float can hold; null stands for those that are none."""
-    return value is None or (type(value) in (int, float) and not 1e300 < abs(value) < math.inf)
+    """Whether it is one, or null or one of the words that stand for none."""
+    return value is None or real(value) or (type(value) is float and not math.isfinite(value))
 
 
 @contextlib.contextmanager

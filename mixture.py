@@ -31,7 +31,7 @@ def is_mix(value):
 
 
 RESULT = {"evaluation": {"key": str}, "measures": {...: files.real}}  # shapes of what study.py writes
-TRAINED = {"parent": (str, type(None)), "decides": str, "mix": is_mix}
+TRAINED = {"parent": (str, None), "decides": str, "mix": is_mix}
 
 
 class MixtureError(UserError):

@@ -55,12 +55,12 @@ import errors
 import files
 import infill
 import train
-from configurator import ConfigError, read_command_line
+from configurator import ConfigError, plain, read_command_line, split_words
 from errors import UserError
 from eval import ALGORITHM as EVALUATION
 from eval import bits_of, floor, load_results, mean, read_tasks
 from machine import find_device
-from mix import ALGORITHM
+from mix import ALGORITHM, META
 from model import GPT, PRESETS
 from plot import label, pyplot, save
 
@@ -68,6 +68,7 @@ HERE = Path(__file__).parent
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5%, of 1 to 9 degrees of freedom
 NORMAL = 1.95996  # of infinitely many
+SWITCHES = ("dry", "table", "help")  # options without a value
 WITHOUT_EFFECT = {  # knobs that do not change what a run's weights are; its data count by content
     "data", "out", "init_from", "eval_every", "eval_tokens", "eval_tasks", "eval_examples", "save_every", "keep",
     "log_every", "wandb", "epochs_max", "source_tokens", "timeout",
@@ -121,44 +122,43 @@ def load_study(path):
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     if unknown := [name for name in found if name not in OWN and not callable(found[name])]:
         raise ConfigError(f"{path}: {unknown[0]} is none of {', '.join(OWN)}; begin names of your own with _")
-    study = {name: plain(found.get(name, usual)) for name, usual in OWN.items() if name != "picture"}
-    study |= {"baseline": str(study["baseline"]), "picture": found.get("picture"), "file": path}
+    study = {name: plain(found.get(name, usual)) for name, usual in OWN.items()} | {"file": path}
     variants, seeds = study["variants"], study["seeds"]
     if not variants or not isinstance(variants, dict) or study["baseline"] not in variants:
         raise ConfigError(f"{path} needs variants, a dict, and a baseline that is one of them")
     for variant, phases in variants.items():
-        if not phases or not isinstance(phases, list) or not all(map(is_phase, phases)):
+        if not phases or not isinstance(phases, (list, tuple)) or not all(map(is_phase, phases)):
             raise ConfigError(f"{path}: variant {variant!r} is no list of phases, each a path or (path, knobs)")
     if study["cooldown"] and not is_phase(study["cooldown"]):
         raise ConfigError(f"{path}: cooldown is one phase, a path or (path, knobs)")
-    if not seeds or not isinstance(seeds, list) or {*map(type, seeds)} != {int} or len({*seeds}) < len(seeds):
+    if not isinstance(seeds, (list, tuple, range)) or {*map(type, seeds)} != {int} or len({*seeds}) < len(seeds):
         raise ConfigError(f"{path} needs seeds, a list of different numbers")
     if not isinstance(study["knobs"], dict) or not isinstance(study["tasks"], str):
         raise ConfigError(f"{path}: knobs is a dict, and tasks a text, names with commas")
     if not callable(study["picture"] or plot):
         raise ConfigError(f"{path}: picture is a function of values and a path")
+    study |= {"seeds": [*seeds], "baseline": str(study["baseline"])}
+    study["variants"] = {str(variant): phases for variant, phases in variants.items()}
+    try:
+        json.dumps(written(study))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}; knobs are numbers, texts, lists and dicts") from None
     return study
 
 
+def written(study):
+    """What of a study goes into the file of its table."""
+    return {name: value for name, value in study.items() if name not in ("picture", "file")}
+
+
 def is_phase(phase):
-    return isinstance(phase, str) or (isinstance(phase, list) and [*map(type, phase)] == [str, dict])
-
-
-def plain(value):
-    """What a study says in numpy's numbers, tuples, ranges or paths, in what JSON has."""
-    if isinstance(value, dict):
-        return {str(name): plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple, range)):
-        return [plain(one) for one in value]
-    if isinstance(value, (np.generic, np.ndarray)):
-        return plain(value.tolist())
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+    return isinstance(phase, str) or (isinstance(phase, (list, tuple)) and [*map(type, phase)] == [str, dict])
 
 
 def find_config(path, file):
-    """A config file that a study names: in the folder of the study's file or one above it, beside this program, or from
-    where it is run; if nowhere, the path as it is."""
-    folders = [*file.absolute().parents, HERE, Path.cwd()]
+    """A config file that a study names: in the folder of the study's file or one above it, or beside this program; the
+    path as it is if nowhere."""
+    folders = [*file.absolute().parents, HERE]
     found = (folder / errors.path(path) for folder in folders)
     return next((str(config) for config in found if config.is_file()), path)
 
@@ -213,15 +213,11 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-SHARDS = {"tokens": int, "shards": [{"sha256": str}]}
-
-
 @functools.cache
 def prepared(folder):
     """meta.json of a source. ConfigError."""
-    shape = {"tokenizer": {"vocab_size": int}, "train": SHARDS, "val": SHARDS}
     try:
-        return files.read_json(folder / "meta.json", shape)
+        return files.read_json(folder / "meta.json", META)
     except OSError:
         raise ConfigError(
             f"{folder} is not prepared: python prepare.py {folder.name}=FILES, or --data=FOLDER"
@@ -564,7 +560,7 @@ def show(study, ends, out, knobs, evaluation, to):
     print("* the 95% interval over seeds and examples, paired, is clear of zero; chance makes one in 20 so")
     if not to:
         return
-    about = {name: value for name, value in study.items() if name not in ("picture", "file")}
+    about = written(study)
     asked = {name: evaluation[name] for name in ("tasks", "limit", "dtype")}
     about |= {"knobs": study["knobs"] | {k: v for k, v in knobs.items() if k != "data"}, "evaluation": asked}
     with open(f"{to}.lock", "a") as file:  # several may come to the end at once
@@ -622,17 +618,6 @@ def show_cost(study, ends, out, data, evaluation):
         print(f"left: {train.clock(seconds)} of one process at the rate of those done")
 
 
-def with_equals(argv, knobs):
-    """The words of a command line with `--lr=0.01` for `--lr 0.01`, as argparse does not know the knobs."""
-    words = []
-    for word in argv:
-        if words and words[-1].removeprefix("--") in knobs and words[-1].startswith("--") and not word.startswith("--"):
-            words[-1] += f"={word}"
-        else:
-            words.append(word)
-    return words
-
-
 @errors.command
 def main(argv):
     parser = errors.Parser(__doc__)
@@ -644,7 +629,9 @@ def main(argv):
     parser.add_argument("--eval_tasks", type=errors.path, help="folder of task files; default: held-out parts alone")
     parser.add_argument("--eval_examples", type=int, default=200, help="of each task; of held-out windows as many")
     known = {field.name for field in fields(train.Config)}
-    args, rest = parser.parse_known_args(with_equals(argv, known))
+    paths, given, switched = split_words(["--help" if word == "-h" else word for word in argv], SWITCHES)
+    words = [name if value is None else f"{name}={value}" for name, value in (given | dict.fromkeys(switched)).items()]
+    args, rest = parser.parse_known_args([*paths, *(f"--{word}" for word in words)])
     whole = True
     try:
         knobs = dict(argument.removeprefix("--").partition("=")[::2] for argument in rest)

@@ -158,8 +158,9 @@ def tiny(model, tmp_path_factory):
     for name, text in (("text", "A river runs.\n"), ("code", "def f(x):\n    return x\n\n")):
         write_source(folder / "data" / name, text, 400)
     state = {"phase": "tiny", "step": 5, "tokens": 1024, "model": dataclasses.asdict(model.config)}
-    state["tokenizer"] = {"name": "nanocrystal", "vocab_size": 512}
-    state["config"] = {"data": str(folder / "data"), "mix": {"text": 0.5, "code": 0.5}}
+    state["tokenizer"] = {"name": "nanocrystal", "vocab_size": 512, "sha256": tokenizer.digest(ENCODING)}
+    state["config"] = {"data": str(folder / "data"), "mix": {"text": 0.5, "code": 0.5}, "objective": {}}
+    state |= {"start": {}, "drawn": {}, "first_token": 0, "sample": 64, "mix": {"sources": {}}}
     checkpoint.save(folder / "out/tiny/checkpoints", 5, {"model": dict(model.named_parameters())}, state, 1)
     return folder / "out/tiny"
 
@@ -422,7 +423,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_named(tiny, tmp_path, capsys):
     (tmp_path / "data/text").mkdir(parents=True)
     np.array([5] * 100 + [600] * 200, "<u2").tofile(tmp_path / "data/text/val.bin")
     options = [f"--sources={tmp_path / 'data'}", f"--out={tmp_path / 'r.json'}"]
-    assert is_mistake(capsys, evaluation.main([str(tiny), *options]), f"{tmp_path / 'data/text'} holds id 600")
+    assert is_mistake(capsys, evaluation.main([str(tiny), *options]), f"{tmp_path / 'data/text/val.bin'}: id 600")
 
 
 @pytest.mark.parametrize(
