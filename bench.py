@@ -40,6 +40,7 @@ import torch
 
 import corpus
 import errors
+import files
 import infill
 import mix
 import prepare
@@ -436,7 +437,7 @@ def main(argv, setting=None):
     path = args.json
     if not (path or lack):
         path = Path("results") / f"{re.sub(r'[^a-z0-9]+', '-', about['device'].lower())}.json"
-    tables = json.loads(path.read_text()) if path and path.exists() and not args.json else {}
+    tables = files.read_json(path) if path and path.exists() and not args.json else {}
 
     def keep(section, rows):
         tables[section] = {"machine": about, "rows": rows}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ import train
 from conftest import ROOT, run
 from measure import gpu, processes
 from measure.apart import Ended, apart
-from measure.table import row
+from measure.table import row, write
 from measure.train import GOALS, H100, SHAPE, on_paper
 from model import GPT, PRESETS, GPTConfig
 
@@ -226,3 +228,8 @@ bench.read_arguments(["--gpu"], "")
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_numbers_for_programs_are_strict_json(tmp_path):
+    write(tmp_path / "new/bench.json", {"mix": [math.nan, np.float32(0.5), np.float32("inf"), np.int64(3), 1.0]})
+    assert json.loads((tmp_path / "new/bench.json").read_text()) == {"mix": [None, 0.5, None, 3.0, 1.0]}

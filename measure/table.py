@@ -4,6 +4,8 @@ import json
 import time
 from statistics import median
 
+import files
+
 
 def row(what, value, unit, per_cpu=None, of_limit=None, target=None, note="", must=None):
     """One line of a table.
@@ -63,8 +65,5 @@ def line(r):
 
 
 def write(path, tables):
-    """Replaced as a whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tables, indent=1, default=float) + "\n")
-    temporary.replace(path)
+    """As strict JSON, numpy's numbers too; replaced as a whole, or not at all."""
+    files.write_json(path, json.loads(json.dumps(tables, default=float)))
