@@ -106,14 +106,14 @@ def index_into(field):
 HALF = re.compile("[\ud800-\udfff]")
 TEXT, ANSWER = Field("a text", is_text), Field("a text that is not empty", is_answer)
 CHOICES = Field("a list of two or more texts that are not empty", several(is_answer))
-RUNNING = {"tests": ANSWER._replace(needed=False), "lang": TEXT._replace(needed=False)}
+OPTIONAL = {"tests": ANSWER._replace(needed=False), "lang": TEXT._replace(needed=False)}
 FIELDS = {
     "choice": {"context": TEXT, "sep": TEXT, "choices": CHOICES, "answer": index_into("choices")},
     "schema": {"contexts": Field("a list of two or more texts", several(is_text)), "sep": TEXT, "continuation": ANSWER,
                "answer": index_into("contexts")},
     "completion": {"context": TEXT, "sep": TEXT, "answer": ANSWER},
-    "code": {"prompt": TEXT, "solution": ANSWER} | RUNNING,
-    "infill": {"prompt": TEXT, "suffix": TEXT, "answer": TEXT} | RUNNING,
+    "code": {"prompt": TEXT, "solution": ANSWER} | OPTIONAL,
+    "infill": {"prompt": TEXT, "suffix": TEXT, "answer": TEXT} | OPTIONAL,
     "text": {"text": ANSWER},
 }  # fmt: skip
 OPENED_BY = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}  # task files, by how their names end

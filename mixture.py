@@ -30,7 +30,7 @@ def is_mix(value):
     return not files.misfit(value, {...: files.real}) and sum(value.values()) > 0 and min(value.values()) >= 0
 
 
-RESULT = {"evaluation": {"key": str}, "measures": {...: files.real}}  # shapes of what study.py writes
+RESULT = {"evaluation": {"key": str}, "measures": {...: files.number}}  # shapes of what study.py writes
 TRAINED = {"parent": (str, None), "decides": str, "mix": is_mix}
 
 
@@ -45,7 +45,9 @@ def finished(folder):
     families = defaultdict(lambda: defaultdict(list))
     for path in sorted(Path(folder).glob("*/result-*.json")):
         result, run = files.read_json(path, RESULT), files.read_json(path.parent / "trained.json", TRAINED)
-        if not run["parent"]:
+        if not all(map(files.real, result["measures"].values())):
+            print(f"left out {path}, whose measures are no numbers: it has diverged")
+        elif not run["parent"]:
             family = families[run["decides"], result["evaluation"]["key"]]
             total = sum(run["mix"].values())
             mix = {source: round(weight / total, 6) for source, weight in run["mix"].items() if weight}

@@ -136,7 +136,7 @@ def text_of(argument):
     """TEXT, or @FILE for what is in it, line ends as they are; @TEXT if there is no such file. UserError."""
     path = os.path.expanduser(argument[1:]) if argument.startswith("@") else ""
     if os.path.isdir(path):
-        raise UserError(f"{argument}: {path} is a folder; to have this as the text, put it into a file, and say @FILE")
+        raise UserError(f"{argument!r}: {path!r} is a folder; put a text that begins so into a file, and say @FILE")
     try:
         if os.path.exists(path):
             return Path(path).read_bytes().decode("utf-8-sig")

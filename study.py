@@ -123,8 +123,9 @@ def load_study(path):
     if unknown := [name for name in found if name not in OWN and not callable(found[name])]:
         raise ConfigError(f"{path}: {unknown[0]} is none of {', '.join(OWN)}; begin names of your own with _")
     study = {name: plain(found.get(name, usual)) for name, usual in OWN.items()} | {"file": path}
+    study["baseline"] = str(study["baseline"])
     variants, seeds = study["variants"], study["seeds"]
-    if not variants or not isinstance(variants, dict) or study["baseline"] not in variants:
+    if not variants or not isinstance(variants, dict) or study["baseline"] not in map(str, variants):
         raise ConfigError(f"{path} needs variants, a dict, and a baseline that is one of them")
     for variant, phases in variants.items():
         if not phases or not isinstance(phases, (list, tuple)) or not all(map(is_phase, phases)):
@@ -137,8 +138,7 @@ def load_study(path):
         raise ConfigError(f"{path}: knobs is a dict, and tasks a text, names with commas")
     if not callable(study["picture"] or plot):
         raise ConfigError(f"{path}: picture is a function of values and a path")
-    study |= {"seeds": [*seeds], "baseline": str(study["baseline"])}
-    study["variants"] = {str(variant): phases for variant, phases in variants.items()}
+    study |= {"seeds": [*seeds], "variants": {str(variant): phases for variant, phases in variants.items()}}
     try:
         json.dumps(written(study))
     except (TypeError, ValueError) as error:
@@ -245,7 +245,8 @@ def evaluation_of(study, ends, data, folder, examples, how):
     lines = [end.line() for pair in ends.values() for end in pair if end]
     sources = sorted({source for line in lines for run in line for source, _ in run.mix})
     holes = [f"{source}_{kind}" for source in sources for kind in ("spans", "lines")]  # in held-out documents
-    tasks = [name for name in study["tasks"].split(",") if folder or name in holes]
+    names = [name.strip() for name in study["tasks"].split(",") if name.strip()]
+    tasks = [name for name in names if folder or name in holes]
     held = [EVALUATION, *(contents(Path(data) / name) for name in sources)]
     if folder:  # a mistake is said now
         read = read_tasks(Path(folder), [name for name in tasks if name not in holes], examples)

@@ -365,11 +365,14 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
         assert word in capsys.readouterr().err
     (broken,) = [path for path in tmp_path.glob("0-0-0/*") if path.name != "trained.json"]
     result = json.loads(broken.read_text())
-    for wrong in ({"measures": [1]}, {"measures": {"a": None}}, {"measures": {"a": "1"}}, {"evaluation": 3}):
+    for wrong in ({"measures": [1]}, {"measures": {"a": "1"}}, {"evaluation": 3}):
         broken.write_text(json.dumps(result | wrong))
         assert mixture.main([str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert str(broken) in said and said.count("\n") == 1
+    broken.write_text(json.dumps(result | {"measures": {"a": None}}))
+    assert sum(map(len, mixture.finished(tmp_path).values())) == 4 * 14 - 1
+    assert f"left out {broken}" in capsys.readouterr().out
     fake_runs(tmp_path / "few", truth, mixtures[:3])
     assert mixture.main([str(tmp_path / "few")]) == 2 and "too few" in capsys.readouterr().err
 
@@ -380,6 +383,7 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
         (None, ["nothing.py"], "there is no study nothing.py"),
         ("seed = 1\n", [], "seed is none of variants"),
         ("baseline = 'x'\n", [], "a baseline that is one of them"),
+        ("baseline = ['both']\n", [], "a baseline that is one of them"),
         ("", ["--colour=1"], "colour is neither an option"),
         ("", ["--lr=fast"], "lr = 'fast'"),
         ("", ["--init_from=out"], "--init_from: a study decides that itself"),
