@@ -400,7 +400,8 @@ def test_results_of_other_settings_of_what_is_written_are_not_taken_over(tiny, t
     assert taken_over(*settings) and taken_over()  # who does not ask for answers takes what there is
     for other in ("--max_new_tokens=3", "--temperature=0", "--top_p=0.5", "--seed=2", "--no_healing"):
         assert not taken_over(*settings, other), other
-    assert not taken_over(*settings, "--fresh")
+    assert not taken_over(*settings)
+    assert taken_over(*settings) and not taken_over(*settings, "--fresh")
 
 
 @pytest.mark.parametrize("left", [0, 40, None])
