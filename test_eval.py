@@ -503,8 +503,8 @@ def test_a_log_is_drawn_without_the_lines_that_are_none(tmp_path, capsys, line):
 
 def test_runs_that_have_diverged_and_strange_names_can_be_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    name = "$x_{ | \udce9 木" + "y" * 500
-    records = [{"phase": name, "tokens": n, "loss_by_source": {name: [1.0, math.nan, 1e299][n]}} for n in range(3)]
+    name = "$x_{$ | \udce9 木" + "y" * 500
+    records = [{"phase": name, "tokens": n, "loss_by_source": {name: [math.nan, 1.0, 1e299][n]}} for n in range(3)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"phase": ')
     assert plot.main([str(tmp_path)]) == 0 and (tmp_path / "curves.png").stat().st_size > 10_000
     assert f"left out 1 lines of {tmp_path / 'log.jsonl'}" in capsys.readouterr().out

@@ -501,7 +501,7 @@ def study_data(ends):
 
 def test_any_name_of_a_variant_fits_into_the_table_and_the_picture(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    strange = ["a|b", "two\nlines", "x" * 500, "$x_{", "木", 3]
+    strange = ["a|b", "two\nlines", "x" * 500, "$x_{$", "木", 3]
     text = "".join(f"variants[{name!r}] = variants['alone']\n" for name in strange)
     tiny.write_text(tiny.read_text() + text + "baseline = 'a|b'\n")
     out = tmp_path / "runs"
