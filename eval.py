@@ -499,7 +499,7 @@ def write_programs(task, model, encoding, args):
             body = text.decode(errors="replace")
             bodies[i] = body[: min([body.find(end) for end in ends[i] if end in body], default=len(body))]
     tests = [e["tests"] for e in task.examples for _ in range(n)]
-    programs = [f"{prompt}{body}\n{test}" for prompt, body, test in zip(prompts, bodies, tests, strict=True)]
+    programs = [with_tests(prompt + body, test) for prompt, body, test in zip(prompts, bodies, tests, strict=True)]
     return [programs[i : i + n] for i in range(0, len(programs), n)]
 
 
@@ -521,12 +521,17 @@ def fill_holes(task, model, vocabulary, layout, args):
         text = answer.decode(errors="replace")
         made["stops"].append(float(stopped))
         made["exact"].append(float(stopped and text.strip() == e["answer"].strip()))
-        programs.append([f"{e['prompt']}{text}{e['suffix']}\n{e.get('tests', '')}"])
+        programs.append([with_tests(e["prompt"] + text + e["suffix"], e.get("tests", ""))])
     return dict(made), programs
 
 
 def or_else(value, default):
     return default if value is None else value
+
+
+def with_tests(code, tests):
+    """One program. The blank line ends a last line with a backslash, which would take in the first line of the tests."""
+    return f"{code}\n\n{tests}"
 
 
 def run_programs(programs, seconds, ks=(1, 10, 100)):

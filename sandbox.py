@@ -222,25 +222,29 @@ def watch(report, seconds, memory):
 
 
 def memory_of_children(limit):
-    """Bytes that our children and theirs have, counted until they are above the limit. What several processes share is
-    divided among them (PSS)."""
+    """Bytes that our children and theirs have, counted until they are above the limit."""
     total, processes = 0, children("self")
     while processes and total <= limit:
         process = processes.pop()
         processes += children(process)
         with contextlib.suppress(OSError):  # it has ended
-            pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-            try:
-                total += 1024 * int(re.search(r"\nPss: *(\d+)", Path(f"/proc/{process}/smaps_rollup").read_text())[1])
-            except PermissionError:  # processes can hide that
-                total += pages * mmap.PAGESIZE
+            total += memory_of(process)
     return total
+
+
+def memory_of(process):
+    """Bytes that a process has; what it shares with others is divided among them (PSS), where we may know that."""
+    try:
+        pss = re.findall(r"^Pss: *(\d+)", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)
+        return 1024 * int(pss[0]) if pss else 0
+    except OSError:
+        return mmap.PAGESIZE * int(Path(f"/proc/{process}/statm").read_text().split()[1])
 
 
 def children(process):
     found = []
-    for path in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # it has ended
+    with contextlib.suppress(OSError):  # it has ended
+        for path in Path(f"/proc/{process}/task").glob("*/children"):
             found += path.read_text().split()
     return found
 

@@ -679,8 +679,8 @@ def test_code_is_written_cut_and_run(model, tmp_path, monkeypatch):
     args = evaluation.parse(["x", "--run-code", "--samples_per_task=2"])
     programs = evaluation.write_programs(task, model, ENCODING, args)
     assert programs[0] == [
-        "def f(x):\n    return 2 * x\n\nassert f(2) == 4",
-        "def f(x):\n    return x\nassert f(2) == 4",
+        "def f(x):\n    return 2 * x\n\n\nassert f(2) == 4",
+        "def f(x):\n    return x\n\nassert f(2) == 4",
     ]
     assert evaluation.run_programs(programs, 5.0, (1, 2, 3)) == {"pass@1": [0.5, 1.0], "pass@2": [1.0, 1.0]}
 
@@ -694,7 +694,7 @@ def test_a_program_that_a_text_asks_for_is_not_over_at_its_first_line(model, tmp
     args = evaluation.parse(["x", "--run-code"])
     assert evaluation.runs(task, args) and not evaluation.runs(evaluation.read_tasks(tmp_path, ["t"], 2)[0], args)
     (programs,) = evaluation.write_programs(task, model, ENCODING, args)
-    assert programs == ['"""\nDouble.\n"""\ndef double(x):\n    return 2 * x\n\nassert double(2) == 4']
+    assert programs == ['"""\nDouble.\n"""\ndef double(x):\n    return 2 * x\n\n\nassert double(2) == 4']
     assert evaluation.run_programs([programs], 5.0) == {"pass@1": [1.0]}
 
 
