@@ -530,7 +530,7 @@ def or_else(value, default):
 
 
 def with_tests(code, tests):
-    """One program. The blank line ends a last line with a backslash, which would take in the first line of the tests."""
+    """One program. The blank line is for code that ends in a backslash: that would take in the tests' first line."""
     return f"{code}\n\n{tests}"
 
 

@@ -212,7 +212,7 @@ def watch(report, seconds, memory):
     started, deadline = False, time.monotonic() + STARTUP
     while (left := deadline - time.monotonic()) > 0:
         if not select.select([report], [], [], min(left, WATCH))[0]:
-            if memory_of_children(memory) > memory:
+            if memory_of_children(memory, deadline) > memory:
                 return "died"
         elif not os.read(report, 1):
             return "ended" if started else "not started"
@@ -221,10 +221,11 @@ def watch(report, seconds, memory):
     return "timed out" if started else "not started"
 
 
-def memory_of_children(limit):
-    """Bytes that our children and theirs have, counted until they are above the limit."""
+def memory_of_children(limit, deadline):
+    """Bytes that our children and theirs have, counted until they are above the limit, or it is late: the kernel lets
+    us wait for those that fork."""
     total, processes = 0, children("self")
-    while processes and total <= limit:
+    while processes and total <= limit and time.monotonic() < deadline:
         process = processes.pop()
         processes += children(process)
         with contextlib.suppress(OSError):  # it has ended
