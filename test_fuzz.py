@@ -39,9 +39,11 @@ import sys
 import tempfile
 import traceback
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent
@@ -253,8 +255,8 @@ WORDS = (
     "", " ", "-1", "0", "1", "2", "1.5", "nan", "inf", "-inf", "1e999", "1e-320", "0x10", "1_0", "١", "None", "True",
     "true", "[1]", "{'a'", "{}", "[]", "{'text': nan}", "{'text': 1e400}", "{'text': '1/3'}", "é", "木", "\udce9",
     "x" * 5000, "~", "~nobody/x", ".", "..", "out/tiny", "src", "tiny.py", "src/text/0.txt", "data", "hf", "/dev/null",
-    "/dev/null/x", "/proc/self/mem", "a\nb", "-", "--", "=", "@", "@tiny.py", "@nothing", "*", "[", "a,b", ",", "%s",
-    "{0}", "cuda:0", "meta", "mps", "fim(2)", "__import__('os')", "(" * 300, "lambda: 0",
+    "/dev/null/x", "/proc/self/mem", "a\nb", "-", "--", "=", "@", "@tiny.py", "@nothing", "@hf/bin/pytorch_model.bin",
+    "*", "[", "a,b", ",", "%s", "{0}", "cuda:0", "meta", "mps", "fim(2)", "__import__('os')", "(" * 300, "lambda: 0",
 )  # fmt: skip
 HUGE = ("1000000000", "9" * 30, "10B", "1e18", "9" * 5000)
 SLOW = ("--n=", "--tokens=", "--workers=", "--seconds=")  # what is asked of these is done
@@ -311,13 +313,12 @@ VALUES = (
     "{'code': 5}", "{'*': codegen2}", "{'code': 'prefix(1, 2, 3)'}", "type('N', (int,), {})(3)", "out", "12", "33",
 )  # fmt: skip
 STATEMENTS = (
-    "exit()", "quit(0)", "import sys; sys.exit(3)", "raise SystemExit", "raise KeyboardInterrupt", "1 / 0",
-    "assert False", "x = 1", "_x = 1", "lr: 0.003", "lr: float = 0.003", "lr", "0.5", "mix['text'] = mix",
-    "mix['x'] = 10**400", "mix.clear()", "del mix", "del lr", "globals().clear()", "from tiny import *",
-    "from config.phase1 import *", "from config.nothing import *", "import config.phase1", "import nothing",
-    "from phase import *", "import phase", "from .tiny import *", "return", "yield 1", "await x", "def f(:",
-    "for name in mix: pass", "[x for x in mix]", "def f(): return f()\nf()", "class A: pass",
-    "with open('tiny.py') as f: _text = f.read()", "print('said')", "raise Exception",
+    "exit()", "quit(0)", "import sys; sys.exit(3)", "raise SystemExit", "1 / 0", "assert False", "x = 1", "_x = 1",
+    "lr: 0.003", "lr: float = 0.003", "lr", "0.5", "mix['text'] = mix", "mix['x'] = 10**400", "mix.clear()", "del mix",
+    "del lr", "globals().clear()", "from tiny import *", "from config.phase1 import *", "from config.nothing import *",
+    "import config.phase1", "import nothing", "from phase import *", "import phase", "from .tiny import *", "return",
+    "yield 1", "await x", "def f(:", "for name in mix: pass", "[x for x in mix]", "def f(): return f()\nf()",
+    "class A: pass", "with open('tiny.py') as f: _text = f.read()", "print('said')", "raise Exception",
     "raise Exception('two\\nlines')", "raise BaseException('x')", "raise StopIteration", "raise OSError(28, 'full')",
     "raise MemoryError", "_ = " + "(" * 300 + ")" * 300, "_ = " + "-" * 100_000 + "1", "_ = " + "1+" * 50_000 + "1",
     "_ = [[]]\nfor _i in range(10**5): _ = [_]", "\tlr = 1", "  lr = 1", "# -*- coding: latin-1 -*-",
@@ -330,34 +331,40 @@ STATEMENTS = (
 )  # fmt: skip
 
 
+IDLE = ("lr: 0.003", "lr", "0.5")  # they set nothing
 SIZES = (
     "size", "n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size", "eval_tokens",
 )  # fmt: skip
 
 
 def configs(dice):
+    import study
     import train
 
-    fields = train.Config.__dataclass_fields__.values()
-    numbers = [field.name for field in fields if field.type in (int, float) and field.name not in SIZES]
-    text, large = PHASE, False
+    fields = [field for field in train.Config.__dataclass_fields__.values() if field.name not in SIZES]
+    numbers = [field.name for field in fields if field.type in (int, float)]
+    text, is_study = PHASE, dice.random() < 0.15
+    if is_study:
+        text, names = STUDY, [*study.OWN]
+    size = idle = False
     for _ in range(dice.choice((1, 1, 2))):
         way = dice.choice(("number", "size", "knob", "statement", "statement", "statement", "yaml", "line"))
-        large |= way == "size"
-        if way == "size":
+        size |= way == "size"
+        if is_study and way in ("number", "size", "knob"):
+            line = f"{dice.choice(names)} = {dice.choice(VALUES)}"
+        elif way == "size":
             line = f"{dice.choice(SIZES)} = {dice.choice(NUMBERS)}"
         elif way == "number":
             line = f"{dice.choice(numbers)} = {dice.choice(NUMBERS)}"
         elif way == "knob":
-            knob = dice.choice([field.name for field in fields])
-            large |= knob in SIZES
-            line = f"{knob} = {dice.choice(VALUES)}"
+            line = f"{dice.choice(fields).name} = {dice.choice(VALUES)}"
         elif way == "statement":
             line = dice.choice(STATEMENTS)
+            idle |= line in IDLE
         elif way == "yaml":
-            text, line = re.sub(r"(?m)^(\w+) = ", r"\1: ", text), ""
+            text, line, idle = re.sub(r"(?m)^(\w+) = ", r"\1: ", text), "", True
         else:
-            line = dice.choice(text.splitlines() or [""])[dice.randrange(6) :]
+            line = dice.choice(text.splitlines())[dice.randrange(6) :]
         lines = text.splitlines()
         lines.insert(dice.choice((0, len(lines))), line)
         text = "\n".join(lines) + "\n"
@@ -365,20 +372,43 @@ def configs(dice):
     if dice.random() < 0.15:
         endings = data.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + data, text.encode("utf-16"), b"# \xe9\n" + data
         data = dice.choice((*endings, mutate_bytes(dice, data)[0]))
+        idle = False
     Path("phase.py").write_bytes(data)
-    changed = "\n".join(line for line in text.splitlines() if line not in PHASE.splitlines())
-    if large or dice.random() < 0.7:
-        return Case(["train", "phase.py", "--plan", *dice.choice(([], ["tiny.py"], ["--budget=2K"]))], changed)
-    return Case(["train", "phase.py", "--data=data", "--out=new", "--budget=1024", "--batch=512"], changed)
+    note = "\n".join(line for line in text.splitlines() if line not in (PHASE + STUDY).splitlines())
+    if is_study:
+        return Case(["study", "phase.py", "--dry"], note)
+    words = ["train", "phase.py", "--plan", *dice.choice(([], ["tiny.py"], ["--budget=2K"]))]
+    if not size and dice.random() < 0.3:
+        words = ["train", "phase.py", "--data=data", "--out=new", "--budget=1024", "--batch=512"]
+    return Case(words, note, check=lambda: "lines that do nothing were obeyed" if idle else None)
 
 
 def metas(dice):
     note = mutate_file(dice, Path(dice.choice(("data/text", "data/code")), "meta.json"))
     commands = (
         ["train", "tiny.py", "--plan"], ["train", "tiny.py", "--out=new"], ["train", "tiny.py", "--budget=1536"],
-        ["eval", "out/tiny", "--out=new.json"], ["study", "study.py", "--dry"],
+        ["eval", "out/tiny", "--tasks=held_out", "--out=new.json"], ["study", "study.py", "--dry"],
     )  # fmt: skip
-    return Case(dice.choice(commands), note, ("out",))
+    words = dice.choice(commands)
+    checks = {"--out=new": lambda: other_losses("new/tiny"), "--budget=1536": lambda: other_losses("out/tiny"),
+              "--out=new.json": other_scores}  # fmt: skip
+    return Case(words, note, ("out",), checks.get(words[-1]))
+
+
+def other_losses(folder):
+    """Says so if the log of a phase has other training losses than a run of three steps that nothing disturbed."""
+    expected = json.loads(Path("losses.json").read_text())
+    losses = training_losses(folder)
+    return None if losses == {step: expected[step] for step in losses} else f"losses {losses} instead of {expected}"
+
+
+def other_scores():
+    """Says so if new.json has other bits per byte of the held-out windows than there are."""
+    new, old = (json.loads(Path(name).read_text())["tasks"] for name in ("new.json", "out/tiny/eval-00000002.json"))
+    for name in ("text", "code"):
+        if new[name]["items"] != old[name]["items"]:
+            return f"other scores of {name}"
+    return None
 
 
 def checkpoints(dice, rehash=False):
@@ -412,7 +442,7 @@ def with_checkpoint(dice, note, judged):
         return None if made in originals else "other weights"
 
     def continued():
-        return None if training_losses("out/tiny") == json.loads(Path("losses.json").read_text()) else "other losses"
+        return other_losses("out/tiny")
 
     commands = (
         (["convert", "out/tiny", "new"], exported), (["train", "tiny.py", "--budget=1536"], continued),
@@ -460,22 +490,25 @@ def shards(dice):
 
 def task_files(dice):
     name = dice.choice([*TASKS])
-    path = Path("tasks", f"{name}.jsonl")
-    note = mutate_file(dice, path)
-    if path.exists() and dice.random() < 0.2:
-        ending, compress = dice.choice(((".gz", gzip.compress), (".xz", lzma.compress)))
-        data = compress(path.read_bytes())
+    path, damaged = Path("tasks", f"{name}.jsonl"), None
+    if dice.random() < 0.2:
+        ending, library = dice.choice(((".gz", gzip), (".xz", lzma)))
+        data, note = mutate_bytes(dice, library.compress(path.read_bytes()))
         path.unlink()
-        if dice.random() < 0.7:
-            data, how = mutate_bytes(dice, data)
-            note += f"; {how} of {ending}"
         Path(f"{path}{ending}").write_bytes(data)
+        note = f"{path}{ending}: {note}"
+        try:
+            library.decompress(data)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            damaged = f"taken although damaged: {error}"
+    else:
+        note = mutate_file(dice, path)
     if dice.random() < 0.2:
         others = ["train", "tiny.py", "--out=new"], ["study", "study.py", "--dry"]
         return Case([*dice.choice(others), "--eval_tasks=tasks"], note)
     options = dice.choice(([], [], [], ["--generate"], ["--limit=1"], ["--samples=new.jsonl"]))
     words = ["eval", "out/tiny", "--data=tasks", "--tasks=all", "--out=new.json", *options]
-    return Case(words, note, check=lambda: strict_json("new.json"))
+    return Case(words, note, check=lambda: damaged or strict_json("new.json"))
 
 
 def strict_json(path):
@@ -507,7 +540,8 @@ def results(dice):
         ["out/tiny", "--data=tasks", "--samples=new.jsonl"],
     )  # fmt: skip
     words = ["eval", *dice.choice(commands)]
-    return Case(words, note, ("out",) if "--data=tasks" in words else ())
+    again = "--data=tasks" in words
+    return Case(words, note, ("out",) * again, (lambda: strict_json(path)) if again else None)
 
 
 def study_results(dice):
@@ -613,9 +647,22 @@ def tokenizer_files(dice):
     note = mutate_file(dice, dice.choice(sorted(folder.glob("tokenizer*.json"))))
     if dice.random() < 0.5:
         return Case(["convert", str(folder), "new"], note, then=["sample", "new", "--prompt=A river", "--tokens=3"])
+
+    def given_back():
+        import tokenizer
+
+        encoding = tokenizer.load(f"{folder}/tokenizer.json")
+        for source in ("text", "code"):
+            ids = np.fromfile(f"new/{source}/train-00000.bin", "<u2")
+            ends = np.flatnonzero(ids == tokenizer.eot(encoding)) + 1
+            documents = {encoding.decode(part[:-1].tolist()) for part in np.split(ids, ends)[:-1]}
+            if documents != {path.read_text() for path in Path("src", source).iterdir()}:
+                return f"the documents of {source} are not given back"
+        return None
+
     words = ["prepare", "text=src/text", "code=src/code", "--out=new", f"--tokenizer={folder}/tokenizer.json"]
     then = ["train", "tiny.py", "--data=new", "--out=other"]
-    return Case([*words, "--val=0.1", "--workers=1"], note, then=then)
+    return Case([*words, "--val=0", "--workers=1"], note, check=given_back, then=then)
 
 
 def inputs(dice):
@@ -655,9 +702,9 @@ def build():
     words = ("river", "stone", "lamp", "garden", "winter", "clock", "paper", "bridge", "copper", "violet", "hollow")
     for name, ending in (("text", "txt"), ("code", "py")):
         Path("src", name).mkdir(parents=True)
-        for i in range(20):
+        for i in range(8):
             dice = random.Random(f"{name} {i}")
-            body = " ".join(dice.choices(words, k=60)) if name == "text" else f"def f{i}(x):\n    return x * {i}\n" * 8
+            body = [" ".join(dice.choices(words, k=150)), f"def f{i}(x):\n    return x * {i}\n" * 20][name == "code"]
             Path("src", name, f"{i}.{ending}").write_text(body + "\n")
     Path("in").mkdir()
     for k, ending in enumerate((".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")):
@@ -880,7 +927,7 @@ def explore(name, world, keep=False):
     """Try one mutation -> Outcome."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     here = folder / "here"
-    shutil.copytree(world, here)
+    shutil.copytree(world, here, copy_function=shutil.copyfile)
     process = fork(here, attempt, name, folder / "outcome")
     process.join(SECONDS + 20)
     if process.is_alive():
