@@ -323,11 +323,10 @@ STATEMENTS = (
     "raise MemoryError", "_ = " + "(" * 300 + ")" * 300, "_ = " + "-" * 100_000 + "1", "_ = " + "1+" * 50_000 + "1",
     "_ = [[]]\nfor _i in range(10**5): _ = [_]", "\tlr = 1", "  lr = 1", "# -*- coding: latin-1 -*-",
     "# -*- coding: nothing -*-", "lr = 0,01", "lr = 0.01;", "\x0c", "\0", "é = 1", "lr = ０.1", "lr = 1_0.0",
-    "__name__ = 'x'", "__builtins__ = {}", "import os; os.chdir('src')", "locals()['lr'] = 0.5", "lr += 1",
-    "budget *= 2", "lr_end = lr / 0", "assert (lr := 0.5)", "import numpy as np; lr = np.float32(0.1)",
-    "batch = budget", "batch = np.int64(512)", "from math import *", "type = 1", "size = 'nan'", "async def g(): pass",
-    "global lr", "nonlocal lr", "a = b = 1", "import torch; torch.set_default_dtype(torch.float64)",
-    "match lr:\n case _: pass",
+    "__name__ = 'x'", "__builtins__ = {}", "locals()['lr'] = 0.5", "lr += 1", "budget *= 2", "lr_end = lr / 0",
+    "assert (lr := 0.5)", "import numpy as np; lr = np.float32(0.1)", "batch = budget", "batch = np.int64(512)",
+    "from math import *", "type = 1", "size = 'nan'", "async def g(): pass", "global lr", "nonlocal lr", "a = b = 1",
+    "import torch; torch.set_default_dtype(torch.float64)", "match lr:\n case _: pass",
 )  # fmt: skip
 
 
