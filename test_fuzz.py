@@ -47,7 +47,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent
-SHORT = 5  # mutations of each kind in the suite
+SHORT = 4  # mutations of each kind in the suite
 SECONDS = 20
 DOCUMENTS = 12  # in each file of inputs
 MEMORY = 2 << 30  # bytes
