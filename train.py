@@ -1069,8 +1069,14 @@ def train_phase(run, phase, state, parent):
 
 def report(phase):
     """The table at the end of a phase: held-out loss before and after, from its log."""
-    with open(phase.folder / "log.jsonl") as f:
-        evaluations = [record["val"] for line in f if "val" in (record := json.loads(line))]
+    evaluations = []
+    for line in (phase.folder / "log.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # somebody has edited it
+            record = json.loads(line)
+            if not files.misfit(record, {"val": {...: {"loss": float, "bpb": files.number}}}):
+                evaluations.append(record["val"])
+    if not evaluations:
+        return
     print(f"\n{phase.name:<8} held out                         loss before    after   bits/byte before    after")
     for name in (name for name in evaluations[0] if name in evaluations[-1]):
         before, after = evaluations[0][name], evaluations[-1][name]
