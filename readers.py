@@ -251,7 +251,8 @@ def ending(name):
 def look_inside(path, form, compression):
     """The format of a file that is called .json (form "json"), or by a name that says nothing (None)."""
     try:
-        with opened(path, compression) as file:
+        with open(path, "rb") as raw:
+            file = decompress(raw, compression) if compression else raw
             line = file.readline(PIECE)
             while line and not line.strip():
                 line = file.readline(PIECE)
@@ -394,10 +395,6 @@ def cut_stream(file, longest):
             yield b"".join(parts), raw.tell()
 
 
-def opened(path, compression):
-    return decompress(open(path, "rb"), compression) if compression else open(path, "rb")
-
-
 def decompress(raw, compression):
     """A buffered reader of what a compressed file holds."""
     return io.BufferedReader(Members(raw, DECOMPRESSORS[compression]), CHUNK)
@@ -460,8 +457,11 @@ class Members(io.RawIOBase):
 def parquet_rows(file, column):
     from pyarrow import parquet
 
-    with open(file.path, "rb") as raw, decompress(raw, file.compression) if file.compression else raw as stream:
-        table = parquet.ParquetFile(stream)
+    if file.compression:
+        yield Fault("compressed parquet files, not read: decompress them", "")
+        return
+    with open(file.path, "rb") as raw:
+        table = parquet.ParquetFile(raw)
         columns = table.schema_arrow.names
         if column not in columns:
             yield Fault(f"without a column {column!r}", f"it has {', '.join(columns)}")
@@ -676,8 +676,8 @@ def with_reason(name, reason):
 
 
 def printable(path):
-    """A path as text that any terminal and any file can hold, also where its bytes are no UTF-8."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """A path in one line that any terminal and any file can hold, also where its bytes are no UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def in_one_line(error):

@@ -694,7 +694,7 @@ def test_what_lies_in_folders_beside_files_is_named_and_read_once_if_at_all(tmp_
 
 @pytest.mark.parametrize("words", [["s=in"], ["s=in/caf\udce9.txt"], ["in/caf\udce9.txt"], ["\udce9=in"]])
 def test_names_that_are_no_utf8_are_shown_in_some_way(tmp_path, words):
-    latin = {b"caf\xe9.txt": b"caf\xe9", b"fine\xe9.txt": b"fine", b"x\xe9.jsonl.gz": b"no gzip", b"empty\xe9.txt": b""}
+    latin = {b"caf\xe9.txt": b"caf\xe9", b"fine\xe9.txt": b"fine", b"x\xe9.jsonl.gz": b"no", b"two\nlines\xe9.txt": b""}
     for name, content in latin.items():
         (tmp_path / "in").mkdir(exist_ok=True)
         with open(os.fsencode(tmp_path / "in") + b"/" + name, "wb") as file:
@@ -705,6 +705,7 @@ def test_names_that_are_no_utf8_are_shown_in_some_way(tmp_path, words):
         result = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, result.stderr
         assert "1 not UTF-8 text: in/caf" in result.stdout and "1 damaged" in result.stdout
+        assert "1 empty: in/two\\nlines" in result.stdout
         assert read_back(tmp_path / "data/s") == ["fine"]
         str(json.loads((tmp_path / "data/s/meta.json").read_text())).encode()
     else:
