@@ -356,7 +356,7 @@ def test_every_reader_gives_the_same_shards(tmp_path, documents, monkeypatch):
     (tmp_path / "folder/.hidden.txt").write_text("hidden")
     (tmp_path / "folder/picture.png").write_text("not a source file")
     (tmp_path / "a.jsonl").write_bytes(rows)
-    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)))
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)) + b"\0" * 512)  # padded, as by a tape
     (tmp_path / "a.jsonl.xz").write_bytes(b"".join(map(lzma.compress, halves)))
     words = ["folder=folder", "glob=folder/*.[tm]*,folder/*.py", "folder/*.rs"]
     words += ["plain=a.jsonl", "gz=a.jsonl.gz", "xz=a.jsonl.xz"]
