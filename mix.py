@@ -224,9 +224,9 @@ def find_shards(folder, split):
     try:
         meta = files.read_json(record, META)
     except UserError as error:
-        raise MixError(f"{error}; {make} --fresh") from None
+        raise MixError(f"{error}; move {folder} away, and {make}") from None
     if meta["format"] != 1 or not 0 < meta["tokenizer"]["vocab_size"] <= 1 << 16:
-        raise MixError(f"{record}: format {meta['format']} and its vocab_size are not what this reads; {make} --fresh")
+        raise MixError(f"{record}: format {meta['format']} and its vocab_size are not what this reads; move {folder} away, and {make}")
     shards = [(folder / shard["file"], shard["tokens"], shard["sha256"]) for shard in meta[split]["shards"]]
     newer = []
     for path, tokens, sha256 in shards:
