@@ -911,16 +911,15 @@ def is_done(task, before, args):
 
 def begin_samples(path):
     """Make or empty a file for `write_samples`. EvalError if what is there was not written by it."""
-    with open(path, "a+b") as file:
-        if file.seekable() and file.tell():
-            file.seek(0)
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
             try:
                 ours = {"task", "logs"} <= {*json.loads(file.readline())}
             except (ValueError, TypeError):
                 ours = False
-            if not ours:
-                raise EvalError(f"{path} holds no samples of an evaluation; name another file for --samples")
-            file.truncate(0)
+        if not ours:
+            raise EvalError(f"{path} holds no samples of an evaluation; name another file for --samples")
+    open(path, "wb").close()
 
 
 def write_samples(path, task, items):
