@@ -226,7 +226,8 @@ def find_shards(folder, split):
     except UserError as error:
         raise MixError(f"{error}; move {folder} away, and {make}") from None
     if meta["format"] != 1 or not 0 < meta["tokenizer"]["vocab_size"] <= 1 << 16:
-        raise MixError(f"{record}: format {meta['format']} and its vocab_size are not what this reads; move {folder} away, and {make}")
+        what = f"format {meta['format']} with {meta['tokenizer']['vocab_size']:,} ids is not what this reads"
+        raise MixError(f"{record}: {what}; move {folder} away, and {make}")
     shards = [(folder / shard["file"], shard["tokens"], shard["sha256"]) for shard in meta[split]["shards"]]
     newer = []
     for path, tokens, sha256 in shards:
