@@ -179,13 +179,13 @@ BODIES = {
     os.wait()
     os._exit(0)""",
     "becomes another program": "import os; os.execv('/bin/true', ['true'])",
-    "jumps over the tests": """
-    import sys
-    def jump(frame, event, _):
-        if event == 'line' and frame.f_code.co_name == 'check': frame.f_lineno = frame.f_code.co_firstlineno + 2
-        return jump
-    sys._getframe(1).f_trace = jump
-    sys.settrace(jump)""",
+    "jumps over a test": """
+    return 10
+import sys
+def jump(frame, event, _):
+    if frame.f_code.co_name == 'check' and frame.f_lineno == frame.f_code.co_firstlineno + 1: frame.f_lineno += 1
+    return jump
+sys.settrace(jump)""",
     "changes what ends it": """
     import atexit, builtins, os, sys, threading
     end = os._exit
@@ -227,11 +227,11 @@ TRICKS = {name: f"def f(x):\n    {body.strip()}{CHECK}" for name, body in BODIES
     "leaves by unittest": UNITTEST.format(2) + "unittest.main()\n\nassert False",
     "jumps over a module's tests": """import sys
 def jump(frame, event, _):
-    if event == 'line': frame.f_lineno = 8
+    if frame.f_lineno == 7: frame.f_lineno = 8
     return jump
 sys._getframe().f_trace = jump
 sys.settrace(jump)
-assert False
+assert len(sys.argv) == 2
 print()
 """,
 }
@@ -268,7 +268,7 @@ import os, time
 x = bytearray(b'x') * {before}
 for _ in range(6):
     if os.fork() == 0:
-        x = bytearray(b'x') * {after}
+        y = bytearray(b'y') * {after}
         time.sleep(0.5)
         os._exit(0)
 for _ in range(6): os.wait()
