@@ -11,7 +11,7 @@ milliseconds where a new interpreter costs tens. What confines a program, on Lin
 | running on                  | a process namespace: with its first process, which is killed, die all of it         |
 | fork bombs, big files       | rlimits on processes, file size, open files; a folder and a /dev/shm of 32 MB each  |
 | memory                      | an rlimit on each address space; what all processes of a program hold is looked at  |
-|                             | every 50 ms; no System V shared memory                                              |
+|                             | every 50 ms; for root no System V shared memory                                     |
 | writing elsewhere           | a mount namespace: all is read-only but that folder, which is memory and goes       |
 | reading our environment     | the server is started without one, and /proc shows the program's own processes      |
 | the network                 | a network namespace without any device                                              |
@@ -19,15 +19,15 @@ milliseconds where a new interpreter costs tens. What confines a program, on Lin
 |                             | /run and /tmp are empty                                                             |
 
 Otherwise than for Python, SystemExit is a failure, lest a program end before its tests: only a main guard at the end of
-the file may close with `sys.exit(main())` or `unittest.main()`. As for Python, asserts in other threads, or in
-generators that nobody runs, fail nothing.
+the file may close with `sys.exit(main())` or `unittest.main()`; and no trace function may set the line to go on with. As
+for Python, asserts in other threads, or in generators that nobody runs, fail nothing.
 
 What it cannot do is stop a program from
 
 - reading what its user can read, locking files that it can read, writing to named pipes and sockets that lie in the
   user's own folders, and calling all of the kernel, io_uring and keyctl included;
 - taking more memory than its limit for a twentieth of a second, or out of sight: 16 MB in each of 64 open files of
-  each process, and what the kernel keeps for pipes and sockets;
+  each process, what the kernel keeps for pipes and sockets, System V shared memory where its user is not root;
 - starting as many processes as there can be where it is root's and Linux older than 6.14: rlimits do not bind root;
 - being called correct if it sets out to be. That its end was reached it proves with a word that has no name while it
   runs and that forked processes cannot hand in; but nothing in a process is safe from the process: it can read its own
