@@ -19,7 +19,7 @@ milliseconds where a new interpreter costs tens. What confines a program, on Lin
 |                             | /run and /tmp are empty                                                             |
 
 Otherwise than for Python, SystemExit is a failure, lest a program end before its tests: only a main guard at the end of
-the file may close with `sys.exit(main())` or `unittest.main()`; and no trace function may set the line to go on with. As
+the file may close with `sys.exit(main())` or `unittest.main()`. Nor may a trace function set the line to go on with. As
 for Python, asserts in other threads, or in generators that nobody runs, fail nothing.
 
 What it cannot do is stop a program from
