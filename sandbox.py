@@ -30,9 +30,9 @@ What it cannot do is stop a program from
   each process, what the kernel keeps for pipes and sockets, System V shared memory where its user is not root;
 - starting as many processes as there can be where it is root's and Linux older than 6.14: rlimits do not bind root;
 - being called correct if it sets out to be. That its end was reached it proves with a word that has no name while it
-  runs, and for which forked processes have no memory; but nothing in a process is safe from the process: it can read its
-  own memory (ctypes, /proc/self/mem), rewrite the functions that run it, and change what its tests call. This protects
-  the machine from models, not the score from people.
+  runs, and that is not in the memory of forked processes; but nothing in a process is safe from the process: it can
+  read its own memory (ctypes, /proc/self/mem), rewrite the functions that run it, and change what its tests call. This
+  protects the machine from models, not the score from people.
 
 Where the kernel allows no user namespaces (`isolated()` says), rlimits, the limit on memory, the empty environment and
 killing of all descendants remain. A program can then write, signal and connect wherever its user can, so one that kills
