@@ -43,7 +43,8 @@ def say(main, error):
     """The error in one line on stderr, after the name of the script that `main` belongs to."""
     script = getattr(main, "__wrapped__", main).__globals__["__file__"]
     lines = [line.strip() for line in str(error).splitlines()]
-    print(f"{Path(script).name}: {'; '.join(filter(None, lines))}", file=sys.stderr)
+    text = f"{Path(script).name}: {'; '.join(filter(None, lines))}"
+    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names of files may be no UTF-8
 
 
 def run(main, leave=sys.exit):

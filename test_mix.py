@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -421,7 +422,20 @@ def test_many_shards_do_not_use_up_the_file_descriptors(tmp_path):
     rows, _, _ = Mix({"a": source}, {"a": 1}, 600, seed=1).batch(0, 600)
     expected = sorted(shard[i : i + 65].tobytes() for shard in shards for i in (0, 64))
     assert sorted(row.tobytes() for row in rows) == expected
-    assert len(source.opened) <= mix.open_files()
+
+
+def test_all_sources_together_keep_within_the_limit_of_descriptors(tmp_path):
+    shards = np.split(random_tokens(0, 64 * 130), 64)
+    sources = {name: Source(write_source(tmp_path, name, *shards), "train", 64) for name in "abcdef"}
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 128, limit[1]))
+    try:
+        rows, source, _ = Mix(sources, dict.fromkeys(sources, 1), 768, seed=1).batch(0, 768)
+        assert sum(len(one.opened) for one in sources.values()) <= mix.open_files() < 128 + 64
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    expected = sorted(shard[i : i + 65].tobytes() for shard in shards for i in (0, 64))
+    assert all(sorted(row.tobytes() for row in rows[source == s]) == expected for s in range(6))
 
 
 def test_nanogpts_folders_are_read_as_they_are(tmp_path):
