@@ -1217,6 +1217,22 @@ def test_a_file_system_without_locks_is_no_folder_in_use(number, phases, monkeyp
         assert code == 0 and "without locks" in out and not err
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_beyond_the_vocabulary_of_a_bare_file_ends_training_in_one_line(split, phases, tmp_path, capsys):
+    ids = np.random.default_rng(0).integers(0, 65, 40_000).astype("<u2")
+    for name in ("text", "code"):
+        (tmp_path / "bare" / name).mkdir(parents=True)
+        ids.tofile(tmp_path / "bare" / name / "train.bin")
+        ids[:4_000].tofile(tmp_path / "bare" / name / "val.bin")
+    knobs = {"budget": 40 * 2048, "batch": 2048, "share": 1.0, "vocab_size": 66, "eval_tokens": 4096}
+    command = [*phases("a", **knobs), f"--data={tmp_path / 'bare'}"]
+    ids[39_000] = ids[3_333] = 70  # the first look at a hundred windows sees neither
+    ids[: {"train": 40_000, "val": 4_000}[split]].tofile(tmp_path / "bare" / "code" / f"{split}.bin")
+    assert train.main(command) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"code/{split}.bin: id 70" in err and "66 ids" in err
+
+
 def test_a_folder_with_things_in_it_is_never_filled_with_the_default_corpus(tmp_path, capsys):
     for at in ("text/mine.txt", "corpus/notes.md", "thesis.tex"):
         folder = tmp_path / at.replace("/", "-")
