@@ -15,9 +15,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import pickle
 import re
-import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +37,7 @@ from processes import gather, rank, together
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # as intended
 MARKER, TENSORS = "complete.json", "*.distcp"
 STEP = re.compile(r"step-\d{8,}(\.old)?")  # what a complete checkpoint is called; copies by other names are a person's
+OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(state|complete)\.json(\..+\.tmp)?")  # files in it
 STATE = {  # of state.json, what everybody reads; how to go on with training says train.py
     "phase": str, "step": int, "tokens": int, "model": {}, "config": {"data": str, "mix": {}, "objective": {}},
     "tokenizer": (None, {"name": str, "vocab_size": int, "sha256": str}), "start": {...: int}, "drawn": {...: int},
@@ -69,8 +70,8 @@ def save(root, step, tensors, state, keep, group=None):
             if first:
                 for left in Path(root).glob("step-*.tmp"):
                     if re.fullmatch(r"step-\d{8,}\.tmp", left.name):
-                        shutil.rmtree(left)
-                temporary.mkdir(parents=True)
+                        remove(left)
+                temporary.mkdir(parents=True, exist_ok=True)
         with together(group):
             if not temporary.is_dir():
                 raise CheckpointError(f"{root} is not the same folder for all processes; --out must be a shared one")
@@ -86,10 +87,10 @@ def save(root, step, tensors, state, keep, group=None):
                 publish(temporary, final)
                 others = [folder for folder in complete(root) if folder != final]
                 for old in others[: max(0, len(others) + 1 - keep)]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove(old)
     except (OSError, RuntimeError, CheckpointError, CheckpointException) as error:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
         if not (problem := disk_problem(error)):
             raise
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -105,11 +106,21 @@ def publish(temporary, final):
     files.sync(temporary)
     old = final.with_suffix(".old")
     if final.exists():  # the same step again; as .old it still counts
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         final.rename(old)
     temporary.rename(final)
     files.sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(folder):
+    """Delete what a checkpoint consists of, its marker first. What a person has put beside that stays where it is."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    for name in sorted(filter(OURS.fullmatch, names), key=lambda name: name != MARKER):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
 
 
 class Writer(dcp.FileSystemWriter):

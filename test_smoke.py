@@ -982,20 +982,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(how, phases, t
 @pytest.mark.parametrize("moment", ["before the new name", "while the old one is deleted"])
 def test_a_death_while_a_checkpoint_is_replaced_leaves_one_of_the_two(moment, tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, {"model": {"x": torch.ones(1)}}, {"n": 1}, keep=2)
-    rename, rmtree = Path.rename, shutil.rmtree
+    rename, unlink = Path.rename, Path.unlink
 
     def dying_rename(path, to):
         if path.suffix == ".tmp" and path.is_dir():
             raise KeyboardInterrupt
         return rename(path, to)
 
-    def dying_rmtree(path, **knobs):
-        if Path(path).suffix == ".old" and Path(path).exists():
+    def dying_unlink(path, **knobs):
+        if path.parent.suffix == ".old" and path.name != "complete.json":
             raise KeyboardInterrupt
-        return rmtree(path, **knobs)
+        return unlink(path, **knobs)
 
     before = moment == "before the new name"
-    monkeypatch.setattr(*((Path, "rename", dying_rename) if before else (shutil, "rmtree", dying_rmtree)))
+    monkeypatch.setattr(*((Path, "rename", dying_rename) if before else (Path, "unlink", dying_unlink)))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(1)}}, {"n": 2}, keep=2)
     assert checkpoint.load_state(checkpoint.latest(tmp_path)) == {"n": 1 if before else 2}
@@ -1138,9 +1138,11 @@ def test_a_folder_is_told_by_what_is_in_it_and_copies_are_a_persons(phases, tmp_
         assert checkpoint.find(folder) == checkpoint.find(newest) == newest
         shutil.copytree(newest, folder / "checkpoints/step-00000001-kept")
         (folder / "checkpoints/step-mine.tmp").mkdir()
+        (newest / "notes.md").write_text("mine")
         assert train.main(phases(name, budget=4 * 512, share=1.0, save_every=1, keep=1)) == 0
         left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-        assert left == ["step-00000001-kept", "step-00000004", "step-mine.tmp"]
+        assert left == ["step-00000001-kept", "step-00000002", "step-00000004", "step-mine.tmp"]
+        assert [path.name for path in newest.iterdir()] == ["notes.md"]
     (newest.parent / "step-00000004" / "complete.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="not a complete checkpoint"):
         checkpoint.find(newest.parent / "step-00000004")
