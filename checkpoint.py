@@ -49,6 +49,13 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or could not be written; the message says which and what to do."""
 
 
+def for_all(message):
+    """The error, to be raised, of something that all processes did together: one of them is enough to say it."""
+    error = CheckpointError(message)
+    error.by_all = True
+    return error
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -94,7 +101,7 @@ def save(root, step, tensors, state, keep, group=None):
         if not (problem := disk_problem(error)):
             raise
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise CheckpointError(
+        raise for_all(
             f"could not save {final}: {problem.strerror}; {'free some space and ' if full else ''}run the same command"
             " again, it continues from the last checkpoint"
         ) from error
@@ -291,7 +298,7 @@ def load(folder, tensors, group=None):
     except (CheckpointException, ValueError, OSError) as error:
         failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
         why = str(next(iter(failures.values()))[0]).strip().split("\n")[0]
-        raise CheckpointError(f"checkpoint {folder}: {why}") from error
+        raise for_all(f"checkpoint {folder}: {why}") from error
 
 
 class Reader(dcp.FileSystemReader):

@@ -1114,7 +1114,7 @@ MISTAKES = {
     "kernels for a GPU that is not there": (["--kernels=triton", "--device=cpu"], "kernels = triton, but"),
     "a device of which there is none": (["--device=cuda:7"], "device = 'cuda:7' is none of auto, cuda, mps, cpu"),
     "a device of another name": (["--device=gpu"], "device = 'gpu' is none of auto, cuda, mps, cpu"),
-    "a model beyond the memory": (["--n_embd=1048576"], "GB are free"),
+    "a model beyond the memory": (["--n_embd=1048576"], "GB of a memory of"),
     "a model beyond reason": (["--n_layer=1000000000"], "n_layer = 1,000,000,000"),
     "an out folder that is a file": ([f"--out={__file__}"], "test_smoke.py"),
 }

@@ -56,7 +56,7 @@ import processes
 import tokenizer
 from checkpoint import CheckpointError
 from configurator import ConfigError, coerce, read_command_line
-from eval import EvalError
+from errors import UserError
 from infill import InfillError, Vocabulary
 from kernels import backend, batch_mask
 from machine import describe, find_device, keep_memory, synchronize
@@ -961,9 +961,6 @@ def log_training(log, phase, step, sums, skips, lr, norm, speed, mfu):
     return in_a_row
 
 
-MISTAKES = (ConfigError, MixError, InfillError, EvalError, CheckpointError, TokenizerError)  # the user's
-
-
 class LossError(Exception):
     """Training cannot go on; the message says from where it can."""
 
@@ -1137,12 +1134,13 @@ def check_same(facts):
         return {k: v for key, x in value.items() for k, v in flat(x, f"{name}.{key}".lstrip(".")).items()}
 
     first, *others = map(flat, gather(facts))
-    for n, other in enumerate(others, 1):
-        for name in first | other:
-            if first.get(name) != other.get(name):
-                raise ConfigError(
-                    f"{name} is {first.get(name)!r} in process 0 but {other.get(name)!r} in process {n}: must agree"
-                )
+    with together():
+        for n, other in enumerate(others, 1):
+            for name in first | other:
+                if first.get(name) != other.get(name):
+                    raise ConfigError(
+                        f"{name} is {first.get(name)!r} in process 0 but {other.get(name)!r} in process {n}: must agree"
+                    )
 
 
 def train(named, fresh, stop):
@@ -1187,9 +1185,12 @@ def train(named, fresh, stop):
     print_start(start, named)
 
     first = phases[0]
-    need = 16 * model.num_params() / world()  # fp32 weights, gradients and two moments
-    if device == "cpu" and need > (free := checkpoint.free_memory()):
-        raise ConfigError(f"the model and its optimizer take {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free")
+    with together():
+        need = 16 * model.num_params() / world() * processes.local()[1]  # fp32 weights, gradients and two moments
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device == "cpu" and need > memory:
+            sizes = f"{need / 1e9:,.1f} GB of a memory of {memory / 1e9:,.1f} GB"
+            raise ConfigError(f"the model and its optimizer would take {sizes}; a smaller --size fits")
     parallelize(model, cfg)
     model.to_empty(device=device)
     optimizer = make_optimizer(model, first.cfg, device)
@@ -1312,8 +1313,9 @@ def run_command(named, flags, refused, stop):
             train(named, "fresh" in flags and not again, stop)
     except Stopped as signal_name:
         print(f"{signal_name}: stopped before this start made a step; the same command continues")
-    except (*MISTAKES, OSError, LossError) as error:
-        if rank() == 0 or (isinstance(error, OSError) and not hasattr(error, "by_all")):
+    except (UserError, OSError, LossError) as error:
+        alone = isinstance(error, (OSError, UserError)) and not hasattr(error, "by_all")
+        if rank() == 0 or alone:
             errors.say(main, error)
         return 1 if isinstance(error, LossError) else 2
     return 0
