@@ -96,7 +96,10 @@ def encode(text):
         part = text[start:stop]
         ids.append(further(part) if further else ENCODING.encode_to_numpy(part, disallowed_special=()))
         start = stop
-    return np.concatenate([*ids, [EOT]], dtype="<u2", casting="unsafe")  # tokenizer.load has seen that ids fit
+    ids = np.concatenate([*ids, [EOT]], dtype="<u2", casting="unsafe")  # tokenizer.load has seen that ids fit
+    if isinstance(ENCODING, tokenizer.FileEncoding):  # its samples cannot show all that a normalizer may change
+        ENCODING.check(text, ids[:-1].tolist())
+    return ids
 
 
 def write_run(piece, run):

@@ -146,6 +146,9 @@ LOSE = {
     "rare bytes": (lambda: byte_level(alphabet=False), "'Hello, World'"),
     "around a token": (lambda: added(lstrip=True), "' <think>"),
     "unknown words": (lambda: of_words(models.WordLevel({"[UNK]": 0, "</s>": 1, "x": 2}, "[UNK]")), "'Hello, World'"),
+    "no word for the unknown": (
+        lambda: of_words(models.WordLevel({"</s>": 0, "x": 1}, "[PAD]")), "cannot encode 'Hello, World'"
+    ),
     "word pieces": (lambda: of_words(models.WordPiece({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]")), "'Hello, World'"),
     "unigrams": (lambda: of_words(models.Unigram([("[UNK]", 0.0), ("</s>", 0.0), ("H", -1.0)], 0)), "'ello, World!'"),
     "two of one id": (lambda: with_holes(lambda i: i % 270), "two tokens of one id"),
@@ -161,6 +164,24 @@ def test_a_tokenizer_that_loses_text_is_refused_with_what_it_loses(name, tmp_pat
     with pytest.raises(TokenizerError) as refused:
         tokenizer.load(written(tmp_path / "t.json", make()))
     assert words in str(refused.value) and str(tmp_path / "t.json") in str(refused.value)
+
+
+RARE = {  # what no sample shows, and texts that suffer from it
+    "a word": ({"type": "Replace", "pattern": {"Regex": "riv(er)"}, "content": "stream"}, "down the river"),
+    "long runs": ({"type": "Replace", "pattern": {"Regex": "\n{30,}"}, "content": "\n"}, "a" + "\n" * 40 + "b"),
+    "the last line": ({"type": "Replace", "pattern": {"Regex": "end$"}, "content": ""}, "this is the end"),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_what_is_lost_of_a_document_is_noticed_there(name, tmp_path, monkeypatch):
+    step, text = RARE[name]
+    encoding = tokenizer.load(written(tmp_path / "t.json", normalized(step)()))
+    monkeypatch.setattr(prepare, "ENCODING", encoding, raising=False)
+    monkeypatch.setattr(prepare, "EOT", tokenizer.eot(encoding), raising=False)
+    assert encoding.decode(prepare.encode("another text")[:-1].tolist()) == "another text"
+    with pytest.raises(TokenizerError, match=r"t\.json does not give every text back"):
+        prepare.encode(text)
 
 
 def test_what_was_trained_with_a_tokenizer_that_loses_text_can_still_be_used(tmp_path):

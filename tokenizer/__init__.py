@@ -210,22 +210,23 @@ class FileEncoding:
         if check:
             named = "".join(f"a {token.content} b{token.content}c" for token in added.values())
             replaced = map(json.loads, re.findall(rb'{"String":("(?:[^"\\]|\\.)*")}', steps))
-            self._check([*SAMPLES, named, *replaced])
+            for text in [*SAMPLES, named, *replaced]:
+                self.check(text, self.encode_ordinary(text))
 
     def __reduce__(self):  # the library forgets encode_special_tokens
         return FileEncoding, (self.name, False)
 
-    def _check(self, texts):
-        """Refuse a tokenizer that does not give one of the texts back, and name the first thing that is lost."""
-        for text in texts:
-            decoded = self.decode(self.encode_ordinary(text))
-            right = [text] if self.byte_level else [text, " " + text]
-            if decoded not in right:
-                same, wanted = max((common_start(decoded, one), one) for one in right)
-                raise TokenizerError(
-                    f"{self.name} does not give every text back: of {wanted[same:][:12]!r} it makes"
-                    f" {decoded[same:][:12]!r}; take one that keeps every byte, such as a byte-level BPE"
-                )
+    def check(self, text, ids):
+        """Refuse a tokenizer whose ids of a text do not give it back, and name the first thing that is lost."""
+        decoded = self.decode(ids)
+        spaced = text.replace("▁", " ")
+        right = [text] if self.byte_level else [spaced, " " + spaced]
+        if decoded not in right:
+            same, wanted = max((common_start(decoded, one), one) for one in right)
+            raise TokenizerError(
+                f"{self.name} does not give every text back: of {wanted[same:][:12]!r} it makes"
+                f" {decoded[same:][:12]!r}; take one that keeps every byte, such as a byte-level BPE"
+            )
 
     def _bytes_of(self, token):
         if self.byte_level and all(c in self.byte_level for c in token):
@@ -235,14 +236,20 @@ class FileEncoding:
         return token.replace("▁", " ").encode()
 
     def encode_ordinary(self, text):
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        return self._ids(self.bpe, text)
+
+    def _ids(self, bpe, text):
+        try:
+            return bpe.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # of words that it has no id for
+            raise TokenizerError(f"{self.name} cannot encode {text[:12]!r}: {error}") from None
 
     def encode_to_numpy(self, text, disallowed_special=()):
         return np.array(self.encode_ordinary(text), np.uint32)
 
     def encode_further(self, text):
         """Ids, uint32, of what comes after other text, where SentencePiece puts no space."""
-        return np.array(self._further.encode(text, add_special_tokens=False).ids, np.uint32)
+        return np.array(self._ids(self._further, text), np.uint32)
 
     @functools.cached_property
     def _further(self):
