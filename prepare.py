@@ -591,9 +591,10 @@ def parse_sources(words):
             raise UserError(f"{word!r} has no name: text={word} prepares it as the source 'text'")
         elif name and "/" in before:
             sources[name].append(word)
-        elif not re.fullmatch(r"[\w.-]+", before) or not before.strip("."):
+        elif not re.fullmatch(r"[\w.-]+", before) or not before.strip(".") or len(os.fsencode(before)) > 255:
             raise UserError(
-                f"{before!r} cannot be the name of a source, which becomes a folder: letters, digits, _, - and ."
+                f"{before!r} cannot be the name of a source, which becomes a folder: letters, digits, _, - and .,"
+                " 255 bytes at most"
             )
         elif not after.strip(","):
             raise UserError(f"{word!r} names nothing to read: {before}=FILES")

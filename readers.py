@@ -17,6 +17,7 @@ import fnmatch
 import glob
 import io
 import json
+import logging
 import lzma
 import os
 import re
@@ -103,14 +104,15 @@ def find(words):
     """Found, for files, folders, globs, hf: names. Several may stand in one word, with commas. Raises UserError."""
     found = Found()
     for word in words:
-        one = "," not in word or expand(word)  # a folder may have a comma in its name
+        one = "," not in word or expand(word, Found().report)  # a folder may have a comma in its name
         for named in [word] if one else filter(None, word.split(",")):
             found.add(find_inputs(named))
     return found
 
 
-def expand(named):
-    """The paths that a name stands for, in a fixed order: its own, if there is one, or what it matches as a glob."""
+def expand(named, report):
+    """The paths that a name stands for, in a fixed order: its own, if there is one, or what it matches as a glob;
+    report(problem, path, reason) for folders below ** that are not read."""
     path = Path(os.path.expanduser(named))
     if os.path.lexists(path):
         return [path]
@@ -121,7 +123,7 @@ def expand(named):
     if "**" not in parts:
         return sorted(map(Path, glob.glob(str(Path(glob.escape(str(base)), *parts)))))
     hidden = any(part.startswith(".") for part in parts)
-    below = walk(base, lambda *_: None, hidden=hidden)
+    below = walk(base, report, hidden=hidden)
     return sorted(path for path in below if matches(path.relative_to(base).parts, parts))
 
 
@@ -144,7 +146,7 @@ def find_inputs(named):
     elif os.path.isdir(os.path.expanduser(named)):
         read_folder(Path(os.path.expanduser(named)), found)
     else:
-        for path in expand(named):
+        for path in expand(named, found.report):
             if path.is_dir():
                 found.report("folders among the matches of a glob, not read", path)
             else:
@@ -187,10 +189,11 @@ def is_new(folder, seen, report):
     except OSError as error:
         report(*unreadable(folder, error))
         return False
-    if this in seen:
-        return False
-    if folder.is_symlink() and folder.resolve() in folder.parent.resolve().parents:
+    parent = folder.parent.resolve()
+    if folder.is_symlink() and folder.resolve() in (parent, *parent.parents):
         report("links to folders above them, not followed", folder)
+        return False
+    if this in seen:
         return False
     seen.add(this)
     return True
@@ -483,6 +486,7 @@ def hf_data(name):
     try:
         from datasets import load_dataset
 
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises
         return load_dataset(os.path.expanduser(path), config or None, split="train", streaming=True)
     except Exception as error:
         raise UserError(f"{name} (hf:NAME:CONFIGURATION, of which `train` is read): {in_one_line(error)}") from None

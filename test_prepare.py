@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import lzma
 import os
 import random
@@ -686,6 +687,8 @@ def test_what_lies_in_folders_beside_files_is_named_and_read_once_if_at_all(tmp_
     expected = ["in/a.txt"] if words == "s=in/*" else ["far/b.txt", "far/sub/c.txt", "in/a.txt"]
     assert sorted(read_back(tmp_path / "data/s")) == expected and "0 duplicates" not in result.stdout
     assert json.loads((tmp_path / "data/s/meta.json").read_text())["duplicates"] == 0
+    folders = "4 folders among the matches" if words == "s=in/*" else "2 links to folders above them"
+    assert folders in result.stdout and "in/loop" in result.stdout and "in/up" in result.stdout
     for name in ("gone.txt (a link", "self.txt", "zero.txt (a device", "pipe.txt (a pipe", "socket.txt (a socket"):
         assert name in result.stdout, name
     for name in ("gone", "self", "zero", "pipe", "socket"):
@@ -790,6 +793,12 @@ def no_network(*_, **__):
     raise ConnectionError("Couldn't reach the Hub")
 
 
+def logged(*_, **__):
+    if logging.getLogger("datasets").isEnabledFor(logging.ERROR):
+        print("Failed to read file", file=sys.stderr)
+    raise ValueError("train.parquet has\nno footer")
+
+
 def broken(*_, **__):
     yield {"text": "fine"}
     raise RuntimeError("row 1 is\nbroken")
@@ -801,6 +810,7 @@ def broken(*_, **__):
         (no_train, ["'test'"]),
         (no_config, ["'first'", "'second'"]),
         (no_network, ["reach"]),
+        (logged, ["train.parquet has no footer"]),
         (broken, ["broken"]),
         (lambda *_, **__: iter([{"body": "b", "id": 1}]), ["body, id"]),
     ],
@@ -810,11 +820,11 @@ def test_whatever_datasets_raises_is_one_line_with_what_there_is(tmp_path, monke
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
     result = run_prepare("s=a.txt", "t=hf:some/set", cwd=tmp_path, find_spec=lambda name: True)
     one_line(result, "hf:some/set", *words)
-    early = load in (no_train, no_config, no_network)  # then nothing was prepared
+    early = load in (no_train, no_config, no_network, logged)  # then nothing was prepared
     assert (tmp_path / "data/s").exists() != early and not (tmp_path / "data/t").exists()
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a b", "a/b", "", "../x", "a\nb"])
+@pytest.mark.parametrize("name", ["..", ".", "a b", "a/b", "", "../x", "a\nb", "long" * 80])
 def test_a_source_is_one_folder_right_below_out(tmp_path, name):
     put(tmp_path / "w/a.txt")
     one_line(run_prepare(f"{name}=a.txt", cwd=tmp_path / "w"), repr(name))
