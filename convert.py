@@ -380,7 +380,7 @@ def halves_apart(qkv, config):
 
 def read_weights(folder):
     """{name: tensor} of a folder, mapped from the files without reading them. ConvertError."""
-    paths = [path for name in WEIGHTS if (path := folder / name).exists()]
+    paths = [path for name in WEIGHTS if (path := folder / name).is_file()]
     if not paths:
         raise ConvertError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
     path = paths[0]
@@ -542,7 +542,7 @@ def main(argv):
     args = parser.parse_args(argv)
     if os.path.lexists(args.target):
         raise ConvertError(f"{args.target} exists; name a new folder")
-    path, weights = args.source / "config.json", [name for name in WEIGHTS if (args.source / name).exists()]
+    path, weights = args.source / "config.json", [name for name in WEIGHTS if (args.source / name).is_file()]
     if weights and not path.exists():
         raise ConvertError(f"{args.source} has {weights[0]} but no config.json, which says what model it is")
     config = files.read_json(path) if path.exists() else {}

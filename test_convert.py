@@ -414,6 +414,9 @@ def test_damaged_files_and_existing_folders_are_named(tmp_path, capsys):
     for target in (tmp_path, tmp_path / "link"):
         refused("llama", target, "exists; name a new folder")
     refused("nothing", tmp_path / "out", "no checkpoint under")
+    (tmp_path / "llama/model.safetensors.index.json").unlink()
+    (tmp_path / "llama/model.safetensors").mkdir()
+    refused("llama", tmp_path / "out", "has neither")
 
 
 @pytest.mark.parametrize("rows, about", [(512, ABOUT), (640, ABOUT), (640, None)])  # 640: some only pad
