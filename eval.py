@@ -280,7 +280,10 @@ def requests(example, kind, encode, start, layout, vocabulary, block_size):
 
 def ask(task, encoding, layout, vocabulary, block_size):
     """`requests` of every example of a task. EvalError if a text has no token of its own, as "rn" after "retu" where
-    "return" is one token: it would be certain. The middle of a hole may be empty."""
+    "return" is one token: it would be certain. The middle of a hole may be empty. Holes take a
+    layout."""
+    if task.kind == "infill" and not layout:
+        raise EvalError(f"{task.name}: {encoding.name} has no sentinels for holes; name other --tasks")
     encode, start = encoding.encode_ordinary, tokenizer.start(encoding)
     asked = [requests(e, task.kind, encode, start, layout, vocabulary, block_size) for e in task.examples]
     for n, some in enumerate(asked):
@@ -720,8 +723,6 @@ def generation(task, args):
 
 def evaluate(task, model, encoding, layout, vocabulary, args):
     """-> summary of a task, with what came of every example."""
-    if task.kind == "infill" and not layout:
-        raise EvalError(f"{task.name}: {encoding.name} has no sentinels for holes; name other --tasks")
     items, programs = score(task, model, encoding, layout, vocabulary, args.tokens_per_batch), None
     if settings := generation(task, args):
         if task.kind == "infill":

@@ -196,6 +196,12 @@ def is_mistake(capsys, code, *words):
     return True
 
 
+def test_a_tokenizer_without_sentinels_has_no_holes_to_fill(tasks):
+    (task,) = evaluation.read_tasks(tasks("fill.jsonl", INFILL), ["fill"], None)
+    with pytest.raises(evaluation.EvalError, match="fill: nanocrystal-512 has no sentinels"):
+        evaluation.ask(task, ENCODING, None, None, 64)
+
+
 @pytest.mark.parametrize(
     "line, word",
     [
