@@ -404,7 +404,9 @@ def prepare_source(name, found, fingerprint, settings, encoding, pool, args):
             read = count_runs(runs, found)
             if not read["documents"]:
                 shutil.rmtree(runs)
-                raise UserError("; ".join([f"{name}: no documents in it", *describe(read)]))
+                more = f" and {len(found.inputs) - 1:,} more" if len(found.inputs) > 1 else ""
+                none = f"{name}: no documents in {readers.printable(found.inputs[0].path)}{more}"
+                raise UserError("; ".join([none, *describe(read)]))
             plan, tail = plan_shards(runs, args.val, read["tokens"])
             jobs = [pool.submit(write_shard, runs, file, low, high, tail) for file, low, high in plan]
             shards = [job.result() for job in jobs]

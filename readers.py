@@ -605,7 +605,7 @@ def text_of(value, name, column, report):
             report("not UTF-8 text", with_reason(name, "zero bytes"))
             return None
         if looks_like_json(text) and ".ipynb" not in str(name).lower():
-            report("JSON, read as plain text: call it .jsonl or .json to have its rows", name)
+            report("JSON, read as plain text: for its rows, call it .json and name the file", name)
     elif isinstance(value, str):
         text = value
         try:

@@ -746,6 +746,8 @@ SAID = {  # what is not read, and what is said
     "columns.json": (b'{"text": ["a", "b"]}', "1 no string in 'text'", "columns.json"),
     "torn.json": (b'[{"text": "a', "1 not a JSON object with 'text'", "torn.json"),
     "empty.json": (b"", "1 empty", "empty.json"),
+    "blank.jsonl": (b"\n \n", "no documents in blank.jsonl"),
+    "none.json": (b"[]", "no documents in none.json"),
     "all.tar.gz": (b"...", "1 archives", "unpack"),
 }
 
@@ -762,6 +764,9 @@ def test_json_is_never_plain_text_without_a_word(tmp_path, content):
     put(tmp_path / "in/a.txt", content)
     put(tmp_path / "in/b.txt", "[1] is a note, {x} a set")
     assert "1 JSON, read as plain text" in run_prepare("s=in", cwd=tmp_path).stdout
+    (tmp_path / "in/a.txt").rename(tmp_path / "in/a.json")  # as is said there
+    assert run_prepare("t=in/a.json", "--val=0", cwd=tmp_path).returncode == 0
+    assert sorted(read_back(tmp_path / "data/t")) == sorted(TEXTS)
 
 
 def test_a_field_that_holds_no_string_is_called_that(tmp_path):
