@@ -413,7 +413,7 @@ def read_arguments(argv, lack):
     parser = errors.Parser(__doc__)
     parser.add_argument("--only", choices=[*SECTIONS, *gpu.STAGES], nargs="+", help="some sections, or stages of --gpu")
     parser.add_argument("--json", type=errors.path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--nanogpt", metavar="FOLDER", help="model: a clone of nanoGPT to compare with")
+    parser.add_argument("--nanogpt", type=errors.path, metavar="FOLDER", help="model: a clone of it to compare with")
     parser.add_argument("--rounds", type=int, default=7, help="model: steps to time")
     parser.add_argument("--gpu", action="store_true", help="a GPU's first minutes, stage by stage")
     parser.add_argument("--minutes", type=float, default=8, help="--gpu: that it may take")

@@ -1,6 +1,7 @@
 """What tokenizer/ promises of a tokenizer.json that somebody else made."""
 
 import json
+import lzma
 import pickle
 import random
 
@@ -8,6 +9,7 @@ import pytest
 
 import prepare
 import tokenizer
+import tokenizer.train as training
 from tokenizer import TokenizerError
 
 library = pytest.importorskip("tokenizers")
@@ -217,3 +219,17 @@ def test_a_tokenizer_is_found_by_its_digest_or_missed_in_one_line(tmp_path, monk
             tokenizer.find(wrong, "run")
     with pytest.raises(TokenizerError, match="another nanocrystal"):
         tokenizer.find({**about, "name": "nanocrystal", "vocab_size": 512})
+
+
+def test_training_one_reads_and_writes_where_it_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with lzma.open(tmp_path / "t.jsonl.xz", "wt") as file:
+        file.writelines(json.dumps({"text": TEXT + str(i)}) + "\n" for i in range(9))
+    words = ["--bytes=1K", "--ranks=270", "--out=~/own.tiktoken"]
+    assert training.main(["text=~/t.jsonl.xz", "code=~/t.jsonl.xz", *words]) == 0
+    assert len((tmp_path / "own.tiktoken").read_bytes().splitlines()) == 270
+    capsys.readouterr()
+    for name, said in ("gone", "No such file"), ("t", "t.jsonl.xz holds too little text"):
+        assert training.main([f"text=~/{name}.jsonl.xz", "--bytes=1M", "--out=~/none"]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1 and not (tmp_path / "none").exists()

@@ -12,28 +12,28 @@ for each file of a side, and merging breaks ties by token id. Files are .jsonl.x
 --ranks and --out train another one. The merging is Hugging Face's; the result needs tiktoken only.
 """
 
-import argparse
 import base64
 import json
 import lzma
-import sys
 from pathlib import Path
 
+import errors
+from errors import UserError
 from tokenizer import PATTERN, RANKS
 
 LONGEST = 32  # bytes in a token: keeps rulers of dashes and base64 lines from using up ranks
 
 
 def sample(path, budget):
-    """The first documents of a .jsonl.xz file, about `budget` bytes of text."""
-    with lzma.open(path, "rt", encoding="utf-8") as f:
+    """The first documents of a .jsonl.xz file, about `budget` bytes of text. UserError if it holds fewer."""
+    with lzma.open(errors.path(path), "rt", encoding="utf-8") as f:
         for line in f:
             text = json.loads(line)["text"]
             yield text
             budget -= len(text.encode())
             if budget <= 0:
                 return
-    sys.exit(f"{path} holds too little text: {budget:,} bytes short of its share")
+    raise UserError(f"{path} holds too little text: {budget:,.0f} bytes short of its share")
 
 
 def train(texts, n_ranks):
@@ -58,13 +58,14 @@ def train(texts, n_ranks):
     return sorted(tokens[:256]) + tokens[256:]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@errors.command
+def main(argv):
+    parser = errors.Parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="text=FILES|code=FILES", help="comma-separated .jsonl.xz files")
     parser.add_argument("--bytes", default="240M", help="size of the sample")
     parser.add_argument("--ranks", type=int, default=RANKS)
-    parser.add_argument("--out", default=Path(__file__).with_name("nanocrystal.tiktoken"), type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--out", default=Path(__file__).with_name("nanocrystal.tiktoken"), type=errors.path)
+    args = parser.parse_args(argv)
     sides = [side.partition("=")[2].split(",") for side in args.files]
     budget = float(args.bytes.rstrip("KMG")) * {"K": 1e3, "M": 1e6, "G": 1e9}.get(args.bytes[-1], 1)
     texts = (text for side in sides for path in side for text in sample(path, budget / len(sides) / len(side)))
@@ -74,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)
