@@ -21,6 +21,7 @@ import math
 import mmap
 import re
 import resource
+import shlex
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -205,6 +206,12 @@ class Source:
             )
 
 
+def command_for(folder):
+    """What to type for a source's folder to be prepared."""
+    out = [] if folder.parent == Path("data") else [f"--out={folder.parent}"]
+    return shlex.join(["python", "prepare.py", f"{folder.name}=FILES", *out])
+
+
 SPLIT = {"tokens": int, "shards": [{"file": str, "tokens": int, "sha256": str}]}
 META = {"format": int, "tokenizer": {"name": str, "vocab_size": int, "sha256": str}, "train": SPLIT, "val": SPLIT}
 
@@ -214,7 +221,7 @@ def find_shards(folder, split):
 
     A shard that is newer than meta.json, which is written last, is read whole to see that it is what was prepared.
     """
-    record, make = folder / "meta.json", f"run python prepare.py {folder.name}=FILES"
+    record, make = folder / "meta.json", f"run {command_for(folder)}"
     if not record.exists():
         path = folder / f"{split}.bin"  # nanoGPT's layout
         if not path.exists():

@@ -60,7 +60,7 @@ from errors import UserError
 from eval import ALGORITHM as EVALUATION
 from eval import bits_of, floor, load_results, mean, read_tasks
 from machine import find_device
-from mix import ALGORITHM, META
+from mix import ALGORITHM, META, command_for
 from model import GPT, PRESETS
 from plot import label, pyplot, save
 
@@ -219,9 +219,7 @@ def prepared(folder):
     try:
         return files.read_json(folder / "meta.json", META)
     except OSError:
-        raise ConfigError(
-            f"{folder} is not prepared: python prepare.py {folder.name}=FILES, or --data=FOLDER"
-        ) from None
+        raise ConfigError(f"{folder} is not prepared: run {command_for(folder)}, or say --data=FOLDER") from None
     except UserError as error:
         raise ConfigError(f"{error}; prepare it again") from None
 

@@ -566,7 +566,8 @@ def test_damaged_or_missing_data_is_named_before_anything_is_read(tmp_path):
     outside = {"file": "../a/train-00001.bin", "tokens": 500, "sha256": ""}
     (folder / "meta.json").write_text(json.dumps(meta | {"train": {"tokens": 500, "shards": [outside]}}))
     refuses(r"\.\./a/train-00001.bin: missing", folder)
-    refuses("neither meta.json nor train.bin.*prepare.py b=", tmp_path / "b")
+    refuses(f"neither meta.json nor train.bin.*prepare.py b=FILES --out={tmp_path}$", tmp_path / "b")
+    refuses("prepare.py nowhere=FILES$", Path("data/nowhere"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "train.bin").write_bytes(b"x" * 1001)
     refuses("train.bin: 1,001 bytes", tmp_path / "b")
