@@ -546,7 +546,8 @@ def collect_default(folder, pool):
     if not all(path.exists() for path in paths):
         print(f"collecting the default corpus from {sys.prefix} into {folder}")
         for name, documents in corpus.collect(pool).items():
-            write_rows(folder / f"{name}.jsonl", documents)
+            if not (folder / f"{name}.jsonl").exists():
+                write_rows(folder / f"{name}.jsonl", documents)
     return {path.stem: found_files([path]) for path in paths}
 
 

@@ -893,6 +893,17 @@ def test_as_many_problems_are_made_as_were_asked_for(tmp_path, monkeypatch, caps
 # corpus.py
 
 
+@pytest.mark.parametrize("there", [[], ["text"], ["code"], ["text", "code"]])
+def test_what_was_collected_is_not_written_again(tmp_path, monkeypatch, there):
+    monkeypatch.setattr(corpus, "collect", lambda pool: {"text": ["prose"], "code": ["x = 1"]})
+    for name in there:
+        put(tmp_path / f"{name}.jsonl", rows_of(["somebody's"]))
+    assert {*prepare.collect_default(tmp_path, None)} == {"text", "code"}
+    for name, document in ("text", "prose"), ("code", "x = 1"):
+        expected = "somebody's" if name in there else document
+        assert json.loads((tmp_path / f"{name}.jsonl").read_text()) == {"text": expected}
+
+
 def test_docstrings_become_prose_and_leave_the_source():
     source = (
         '"""Module docstring of more than six words."""\nfrom __future__ import annotations\n\n\nclass A:\n'
