@@ -114,11 +114,17 @@ def write_run(piece, run):
 
     for name, value in readers.read_documents(piece, FIELD, report):
         text = readers.text_of(value, name, FIELD, report)
-        if text is not None:
-            data = text.encode()
-            hashes.append(hashlib.blake2b(data, digest_size=16, key=KEY).digest())
-            documents.append(encode(text))
-            n_bytes += len(data)
+        if text is None:
+            continue
+        try:
+            ids = encode(text)
+        except tokenizer.TokenizerError as error:
+            report("that the tokenizer does not give back, left out", f"{name} ({error})")
+            continue
+        data = text.encode()
+        hashes.append(hashlib.blake2b(data, digest_size=16, key=KEY).digest())
+        documents.append(ids)
+        n_bytes += len(data)
     keys = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2).T.astype(np.uint64)
     order = np.lexsort(keys[::-1])
     ends = np.cumsum([len(documents[i]) for i in order], dtype=np.uint64)
