@@ -26,6 +26,7 @@ SPELT = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 EXAMPLES = {
     int: "a whole number such as 8192, 64K or 2.5M", float: "a number such as 0.006 or 6e-3", bool: "True or False",
     dict: "a dict such as {'text': 0.5, 'code': 0.5}", list: "a list such as [0.0, 0.5]", str: "text",
+    "objective": "a dict such as {'code': 'fim(0.9)'}", "skip": "a list such as [(1000, 2000)]",
 }  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def coerce(name, value, kind):
     except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
         pass
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{name} = {given!r:.200} is not of type {kind.__name__}: write {EXAMPLES[kind]}")
+        example = EXAMPLES.get(name, EXAMPLES[kind])
+        raise ConfigError(f"{name} = {given!r:.200} is not of type {kind.__name__}: write {example}")
     return value
 
 
@@ -58,8 +60,9 @@ def parse(text, kind):
     """What a person types for a knob of some type, as Python's value. ValueError, SyntaxError."""
     if kind is bool and text.lower() in SPELT:
         return SPELT[text.lower()]
-    if kind is dict and re.fullmatch(r"[\w.-]+=[^,]+(,[\w.-]+=[^,]+)*", text):  # text=0.5,code=0.5
-        return {name: value_of(word) for name, word in (pair.split("=", 1) for pair in text.split(","))}
+    if kind is dict and re.match(r"[\w.-]+=", text):  # text=0.5,code=0.5, where fim(0.5, spm=0) is one word
+        pairs = (pair.split("=", 1) for pair in re.split(r",(?![^(]*\))", text))
+        return {name.strip(): value_of(word) for name, word in pairs}
     if kind in (bool, dict, list):
         return ast.literal_eval(text)
     if kind in (int, float):
@@ -93,8 +96,9 @@ def plain(value):
 
 
 def unknown(name, known):
-    near = difflib.get_close_matches(name, known, 1)
-    return ConfigError(f"there is no knob {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else "all are at the top of train.py"
+    return ConfigError(f"there is no knob {name!r}; {hint}")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -114,15 +118,19 @@ class ConfigFile(dict):
         if name not in self.fixed:
             super().__setitem__(name, value)
 
+    def update(self, *args, **values):  # globals().update(json.load(file))
+        for name, value in dict(*args, **values).items():
+            self[name] = value
+
     def run(self, path):
         """Run a file, and return what there is then. Raises ConfigError, OSError."""
         path = Path(path)
         if not path.is_file():
-            raise ConfigError(f"there is no config file {path}")
+            raise ConfigError(f"there is no config file {path}{what_is_meant(path)}")
         if path.resolve() in self.inside:
             raise ConfigError(f"{path} imports itself")
         self.inside = *self.inside, path.resolve()
-        self.update({"__builtins__": vars(builtins) | {"__import__": self.import_}, "__file__": str(path)})
+        super().update({"__builtins__": vars(builtins) | {"__import__": self.import_}, "__file__": str(path)})
         source = path.read_bytes()  # as bytes: Python knows byte order marks and declared encodings
         try:
             tree = ast.parse(source, str(path))
@@ -135,6 +143,10 @@ class ConfigFile(dict):
             raise ConfigError(f"{path}{where} is not Python ({error.msg}): write lines such as lr = 0.003") from error
         except SystemExit as error:
             raise ConfigError(f"{path} ends the program itself, with exit or SystemExit") from error
+        except NameError as error:  # as of true, null, or a text without quotation marks
+            name = str(error.name)
+            hint = f"write {SPELT[name.lower()]}" if name.lower() in SPELT else f"a text is written {name!r}"
+            raise ConfigError(f"{path}: there is no name {name}; {hint}") from error
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever somebody's file does
@@ -168,13 +180,21 @@ class ConfigFile(dict):
         for folder in folders:
             path = folder.joinpath(*name.split("."))
             file = path.with_name(f"{path.name}.py")
-            alone = level or "." in name or folder == beside  # random.py in a folder above is not meant
+            alone = level or "." in name or folder in (beside, HERE)  # random.py in a folder above is not meant
             if alone and file.is_file():
                 program = folder == HERE and (HERE / name.split(".")[0] / "__init__.py").exists()
                 return None if program or str(file) in modules else file
             if parts and all((path / f"{part}.py").is_file() for part in parts):
                 return path
         return None
+
+
+def what_is_meant(path):
+    """What somebody may have wanted with the path of a config that is not there, as the end of a sentence."""
+    if "=" in str(path):
+        return f"; a knob is written --{path}"
+    near = [Path(f"{path}.py"), HERE / path, HERE / f"{path}.py"]
+    return next((f"; did you mean {other}?" for other in near if other.is_file()), "")
 
 
 def as_module(name, values):

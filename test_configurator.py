@@ -55,6 +55,8 @@ def test_texts_and_calls_are_no_statements_that_set_nothing(tmp_path):
     assert read(tmp_path / "b.py").mix == {"text": 0.9, "code": 0.5}
     (tmp_path / "c.py").write_text("lr = 0.003\n")  # overruled, and still a config that sets something
     assert read(tmp_path / "c.py", "--lr=0.004").lr == 0.004
+    (tmp_path / "d.py").write_text("globals().update(lr_peak=0.003, n_layer=2)\nlr_end = lr_peak\n")
+    assert read(tmp_path / "d.py", "--lr_peak=0.004").lr_end == 0.004 and read(tmp_path / "d.py").n_layer == 2
 
 
 IMPORTS = {
@@ -112,6 +114,8 @@ NO_CONFIG = {
     "another encoding": (PHASE.encode("utf-16"), "not Python|null bytes"),
     "a mistake in the syntax": ("lr = 0.003\nmix = {\n", r"line \d, is not Python"),
     "an error": ("lr = 1 / 0\n", "ZeroDivisionError"),
+    "a word of YAML": ("doc_mask = true\n", "no name true; write True"),
+    "a text without quotation marks": ("mix = {text: 1}\n", "no name text; a text is written 'text'"),
     "a model of a billion layers": ("n_layer = 10**9\n", "n_layer"),
     "a weight without end": ("mix = {'text': '1e999999999'}\n", "text"),
     "a knob that is a list": ("lr = [0.003]\n", "lr = .*a number such as"),
@@ -145,6 +149,7 @@ TYPED = {
     "--lr=1e-3": ("lr", 1e-3), "--share=95%": ("share", 0.95), "--budget=2.5M": ("budget", 2_500_000),
     "--budget=1e6": ("budget", 1_000_000), "--mix=text=0.5,code=0.5": ("mix", {"text": 0.5, "code": 0.5}),
     "--mix={'text': 1}": ("mix", {"text": 1}), "--objective=code=fim(0.9)": ("objective", {"code": "fim(0.9)"}),
+    "--objective=code=fim(0.5, spm=0),text=prefix(1)": ("objective", {"code": "fim(0.5, spm=0)", "text": "prefix(1)"}),
     "--lr 0.01": ("lr", 0.01), "--mix text=1": ("mix", {"text": 1}), "--data ~": ("data", str(Path.home())),
     "--out=~/a b": ("out", str(Path.home() / "a b")), "--decay_part=(0, 0.5)": ("decay_part", [0, 0.5]),
 }  # fmt: skip
@@ -163,7 +168,11 @@ REFUSED = {
     "--doc_mask=maybe": "True or False", "--mix=none": "{'text': 0.5", "--budget=1.5": "a whole number such as",
     "--budget=10,000": "a whole number such as", "--lr=nan": "a number such as", "--plan=yes": "--plan takes no value",
     "--doc_mask": "--doc_mask=True", "--lr": "--lr=", "--learning_rate=1": "there is no knob", "--": "there is no knob",
-    "--lr-peak=0.01": "did you mean 'lr_peak'", "--seed=" + "9" * 400 + ".5": "seed", "--mix=" + "[" * 9999: "mix",
+    "--lr-peak=0.01": "did you mean 'lr_peak'", "--LR=0.01": "did you mean 'lr'",
+    "--resume=1": "at the top of train.py",
+    "--objective={'code': fim(0.9)}": "{'code': 'fim(0.9)'}", "lr=0.01": "a knob is written --lr=0.01",
+    "config/phase1": "did you mean", "--mix={text:0.5}": "{'text': 0.5", "--mix=text=1,code": "{'text': 0.5",
+    "--seed=" + "9" * 400 + ".5": "seed", "--mix=" + "[" * 9999: "mix",
 }  # fmt: skip
 
 
