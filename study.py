@@ -31,6 +31,7 @@ kinds. One seed, or one example, has none. Whether two others differ says --base
 intervals.
 """
 
+import ast
 import functools
 import hashlib
 import json
@@ -55,7 +56,7 @@ import errors
 import files
 import infill
 import train
-from configurator import ConfigError, plain, read_command_line, split_words
+from configurator import ConfigError, check_statements, plain, read_command_line, split_words
 from errors import UserError
 from eval import ALGORITHM as EVALUATION
 from eval import bits_of, floor, load_results, mean, read_tasks
@@ -113,11 +114,14 @@ def load_study(path):
     if not path.is_file():
         raise ConfigError(f"there is no study {path}")
     try:
+        check_statements(path, ast.parse(path.read_bytes()).body)
         found = {
             name: value
             for name, value in runpy.run_path(str(path)).items()
             if not name.startswith("_") and not isinstance(value, ModuleType)
         }
+    except ConfigError:
+        raise
     except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     if unknown := [name for name in found if name not in OWN and not callable(found[name])]:

@@ -382,6 +382,8 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
     [
         (None, ["nothing.py"], "there is no study nothing.py"),
         ("seed = 1\n", [], "seed is none of variants"),
+        ("seeds: (1, 2)\n", [], "sets nothing with seeds: (1, 2): write seeds = (1, 2)"),
+        ("baseline == 'both'\n", [], "sets nothing with baseline == 'both'"),
         ("baseline = 'x'\n", [], "a baseline that is one of them"),
         ("baseline = ['both']\n", [], "a baseline that is one of them"),
         ("", ["--colour=1"], "colour is neither an option"),
