@@ -262,11 +262,13 @@ def bare_file(path):
     if start.startswith(b"\x93NUMPY"):
         raise MixError(f"{path} is a .npy file: np.load(FILE).astype('<u2').tofile({path.name!r}) writes what is read")
     ids = np.frombuffer(start[: len(start) // 8 * 8], "<u2").reshape(-1, 4)
-    zero = (ids == 0).all(axis=0).tolist() if len(ids) >= 16 else []
-    wide = {(0, 1, 1, 1): "<u8", (0, 1, 0, 1): "<u4", (1, 0, 1, 0): ">u4", (1, 1, 1, 0): ">u8"}.get(tuple(zero))
-    if wide:
-        read = f"np.fromfile({path.name!r}, {wide!r}).astype('<u2').tofile(...)"
-        raise MixError(f"{path} holds ids of {8 * int(wide[2])} bits, and what is read is uint16: {read} converts it")
+    for high in (0, 3) if len(ids) >= 16 else ():  # the halves of an id above the lowest 16 bits: ids below 262,144
+        small = (ids <= high).all(axis=0).tolist()
+        wide = {(0, 1, 1, 1): "<u8", (0, 1, 0, 1): "<u4", (1, 0, 1, 0): ">u4", (1, 1, 1, 0): ">u8"}.get(tuple(small))
+        if wide:
+            read = f"np.fromfile({path.name!r}, {wide!r}).astype('<u2').tofile(...) converts it"
+            do = "which cannot hold those above 65,535: another tokenizer has fewer" if high else read
+            raise MixError(f"{path} holds ids of {8 * int(wide[2])} bits, and what is read is uint16: {do}")
     return path, size // 2, sampled_sha256(path, size)
 
 

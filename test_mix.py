@@ -610,6 +610,9 @@ def test_a_bare_file_that_holds_no_uint16_is_refused_with_the_way_to_convert_it(
     for content in (ids, np.zeros(1_000, "<u2"), np.repeat(ids[:3], 8), ids % 2):  # odd, but uint16
         content.astype("<u2").tofile(folder / "train.bin")
         Source(folder, "train", 8)
+    (128 * np.arange(1_000)).astype("<i8" if kind in ("<i8", ">u8") else "<u4").tofile(folder / "train.bin")
+    with pytest.raises(MixError, match=r"train.bin.*cannot hold those above 65,535"):
+        Source(folder, "train", 64)
 
 
 @pytest.mark.parametrize("where", ["a window", "the last token", "the held-out rows"])
