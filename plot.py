@@ -53,9 +53,9 @@ def read_logs(folder):
     """-> records of every log.jsonl in or right under a folder, in order of tokens; {path: how many lines are none}. A
     run that was killed may have left half a line."""
     records, left_out = [], {}
-    for path in sorted([*Path(folder).glob("log.jsonl"), *Path(folder).glob("*/log.jsonl")]):
-        if ".old-" in path.parent.name:  # set aside by --fresh
-            continue
+    phases = Path(folder).glob("*/log.jsonl")
+    phases = [path for path in phases if ".old-" not in path.parent.name]  # which --fresh has set aside
+    for path in sorted([*Path(folder).glob("log.jsonl"), *phases]):
         lines = [read_record(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         records += filter(None, lines)
         left_out[path] = lines.count(None)

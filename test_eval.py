@@ -502,6 +502,9 @@ def test_a_log_is_drawn_without_the_lines_that_are_none(tmp_path, capsys, line):
     assert records == RECORDS and left_out == {path: 1}
     assert plot.series(records)[1] == {"b": [(2048, 2.5)]}
     assert is_mistake(capsys, plot.main([str(tmp_path), "--to=curves.txt"]), "curves.txt")
+    path.parent.rename(tmp_path / "a.old-1")  # as --fresh does: drawn if it is asked for
+    assert plot.read_logs(tmp_path)[0] == [] and plot.read_logs(tmp_path / "a.old-1")[0] == RECORDS
+    (tmp_path / "a.old-1").rename(path.parent)
     path.write_text(lines[2])
     pytest.importorskip("matplotlib")
     assert is_mistake(capsys, plot.main([str(tmp_path)]), "no log.jsonl with records")
