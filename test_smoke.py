@@ -1186,8 +1186,10 @@ def init(**_):
 """
 REFUSALS = {
     "no login": ("raise UsageError('No API key configured. Use `wandb login` to log in.')", "wandb login"),
-    "no network": ("raise SystemError('no\\nnetwork')", "'project': no; network"),
+    "no network": ("raise SystemError('no\\nnetwork')", "'project': SystemError: no; network"),
     "no such project": ("raise PermissionError(13, 'denied')", "denied"),
+    "an exit": ("raise SystemExit('log in')", "SystemExit: log in"),
+    "no words": ("raise UsageError", "UsageError"),
 }
 
 

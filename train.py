@@ -21,7 +21,7 @@ import os
 import signal
 
 if __name__ == "__main__":  # until training listens for signals: imports take seconds, and there is nothing to save
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(0))
 
 import contextlib
@@ -657,8 +657,8 @@ class Log:
         if phase.cfg.wandb:
             try:
                 self.wandb = importlib.import_module("wandb").init(project=phase.cfg.wandb, name=phase.name)
-            except Exception as error:  # of its own kinds: no login, no network, no such project
-                raise ConfigError(f"wandb = {phase.cfg.wandb!r}: {error}") from error
+            except (Exception, SystemExit) as error:  # of its own kinds: no login, no network, no such project
+                raise ConfigError(f"wandb = {phase.cfg.wandb!r}: {type(error).__name__}: {error}") from error
 
     def write(self, step, values):
         if self.file:
