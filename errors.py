@@ -10,6 +10,7 @@
 """
 
 import argparse
+import errno
 import functools
 import io
 import math
@@ -51,20 +52,27 @@ def run(main, leave=sys.exit):
     """Run a command with the words of the shell, and end the process with leave(code)."""
     sys.stdout, sys.stderr = (terminal(fd) for fd in (1, 2))
     code = main(sys.argv[1:])
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        say(main, error)
+        code = 2
     leave(code)
 
 
 class Terminal(io.FileIO):
-    """Standard output or error. When nobody reads it any more, what is written is dropped and the work goes on."""
+    """Standard output or error. When nobody reads it any more, what is written is dropped and the work goes on; where
+    it goes to a full disk, that is said once."""
 
     def write(self, data):
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+                raise
             return len(data)
 
 
