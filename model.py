@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from errors import UserError
 from kernels import add_norm, attention, dense_mask, linear_ce, rope_qkv_, rope_tables, swiglu
 from kernels.product import Product
 
@@ -264,7 +265,7 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. top_p keeps the smallest set of tokens that holds that much probability
         (nucleus sampling, arXiv 1904.09751). allow: for every prompt a function of the ids made for it so far to what
         may come next, bool (vocab_real or more,), or None for anything. Contexts that outgrow block_size are re-read
-        from their later half.
+        from their later half. UserError if the model has diverged.
         """
         texts, over, cache = [[*prompt] for prompt in prompts], [False] * len(prompts), None
         length, device = self.config.block_size, self.wte.weight.device
@@ -278,6 +279,8 @@ class GPT(nn.Module):
                 even = not padding.any()
             where = {} if even else self.after_padding(padding, cache.used, cache.used + fresh.shape[1])
             logits = self.logits(self.hidden(fresh, cache, **where)[:, -1])
+            if not logits.max(dim=1).values.isfinite().all():
+                raise UserError("the model's logits are NaN or infinite: its training has diverged")
             for row, rule in enumerate(allow or ()):
                 if (allowed := rule(texts[row][len(prompts[row]) :])) is not None:
                     logits[row, ~allowed[: logits.shape[1]].to(device)] = float("-inf")
@@ -311,7 +314,7 @@ class GPT(nn.Module):
 
 def sample(logits, temperature, top_p, generator=None):
     """logits (B, V) -> one id a row, (B, 1)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # below, quotients overflow
         return logits.argmax(dim=-1, keepdim=True)
     probability, word = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
     probability[probability.cumsum(-1) - probability >= top_p] = 0.0  # the word that crosses top_p stays
