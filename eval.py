@@ -561,6 +561,7 @@ def held_out(folder, block_size, vocabulary, limit, seed, fills):
     their longest documents, a span between any two characters and a line, in as much as half a context holds."""
     source, rng = Source(folder, "val", block_size), np.random.default_rng(seed)
     source.ids = len(vocabulary.token_bytes)
+    source.check_bare()
     if source.tokenizer not in (None, tokenizer.digest(vocabulary.encoding)):
         raise EvalError(f"{folder} holds ids of another tokenizer than {vocabulary.encoding.name}")
     rows = source.rows(limit)
@@ -817,8 +818,10 @@ def gather_tasks(args, model, state, vocabulary, layout):
         names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise EvalError("on what? say --data, a folder of task files, or --sources, one of prepared sources")
+    left_out = set()
     for source in sources:
-        if not {"held_out", source, f"{source}_spans", f"{source}_lines"} & {*names}:
+        its_tasks = {source, f"{source}_spans", f"{source}_lines"}
+        if not {"held_out", *its_tasks} & {*names}:
             continue
         if has_held_out(folder / source, model.config.block_size):
             how = vocabulary, args.limit or 256, args.seed, layout
@@ -826,8 +829,9 @@ def gather_tasks(args, model, state, vocabulary, layout):
             own |= {task.name: task for task in tasks}
         else:
             print(f"{source} has no held-out part of one window in {folder}/, so it is left out")
+            left_out |= its_tasks
     tasks = [task for name, task in own.items() if name in names or "held_out" in names]
-    if rest := [name for name in names if name not in own and name != "held_out"]:
+    if rest := [name for name in names if name not in {"held_out", *own, *left_out}]:
         if not args.data:
             others = f", or one of {', '.join(own)}" if own else ""
             raise EvalError(f"{', '.join(rest)}: say --data, a folder of task files{others}")
