@@ -140,7 +140,10 @@ def text_of(argument):
     try:
         if os.path.exists(path):
             return Path(path).read_bytes().decode("utf-8-sig")
-        argument.encode()  # a shell hands on any bytes
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # bytes that are nothing in the terminal's encoding
+            argument = os.fsencode(argument).decode()
     except UnicodeError:
         raise UserError(f"{argument!r} is not UTF-8 text") from None
     if path:
