@@ -453,6 +453,7 @@ def held_out(named, sources, encoding, vocabulary):
             continue
         source = Source(folder, "val", cfg.block_size)
         source.ids = trained.ids
+        source.check_bare()
         rows = source.rows(max(1, cfg.eval_tokens // cfg.block_size))
         sets[name] = rows, rows[:, 1:].astype(np.int64)
         if name in objectives:
@@ -672,7 +673,7 @@ class Log:
             if self.wandb and "event" not in values:
                 try:
                     self.wandb.log(record, step=tokens)
-                except Exception as error:  # whatever happens to the copy, training goes on
+                except (Exception, SystemExit) as error:  # whatever happens to the copy, training goes on
                     tqdm.write(f"wandb has failed and gets no more numbers: {error}")
                     self.wandb = None
 
@@ -687,7 +688,7 @@ class Log:
         if self.file:
             self.file.close()
         if self.wandb:
-            with contextlib.suppress(Exception):  # what was trained is saved
+            with contextlib.suppress(Exception, SystemExit):  # what was trained is saved
                 self.wandb.finish()
 
 
