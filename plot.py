@@ -55,7 +55,7 @@ def read_logs(folder):
     records, left_out = [], {}
     phases = Path(folder).glob("*/log.jsonl")
     phases = [path for path in phases if ".old-" not in path.parent.name]  # which --fresh has set aside
-    for path in sorted([*Path(folder).glob("log.jsonl"), *phases]):
+    for path in filter(Path.is_file, sorted([*Path(folder).glob("log.jsonl"), *phases])):
         lines = [read_record(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         records += filter(None, lines)
         left_out[path] = lines.count(None)
