@@ -422,14 +422,19 @@ def test_a_source_without_a_held_out_part_does_not_keep_the_others_from_evaluati
     assert evaluation.main([str(tiny), *options]) == 0
     assert "code has no held-out part of one window" in capsys.readouterr().out
     assert {"text"} == {name for name in json.loads((tmp_path / "r.json").read_text())["tasks"] if "_" not in name}
+    assert evaluation.main([str(tiny), *options, "--tasks=text,code"]) == 0  # as study.py asks
+    assert is_mistake(capsys, evaluation.main([str(tiny), *options, "--tasks=code"]), "no held-out part")
     shutil.rmtree(tmp_path / "data/text")
     assert is_mistake(capsys, evaluation.main([str(tiny), *options]), "no ")
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_named(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("at", [100, 28_999, 30_000])
+def test_ids_that_the_tokenizer_does_not_have_are_named(tiny, tmp_path, capsys, at):
     (tmp_path / "data/text").mkdir(parents=True)
-    np.array([5] * 100 + [600] * 200, "<u2").tofile(tmp_path / "data/text/val.bin")
-    options = [f"--sources={tmp_path / 'data'}", f"--out={tmp_path / 'r.json'}"]
+    ids = np.full(30_001, 5, "<u2")
+    ids[at] = 600  # also where no window is read
+    ids.tofile(tmp_path / "data/text/val.bin")
+    options = [f"--sources={tmp_path / 'data'}", f"--out={tmp_path / 'r.json'}", "--limit=2"]
     assert is_mistake(capsys, evaluation.main([str(tiny), *options]), f"{tmp_path / 'data/text/val.bin'}: id 600")
 
 
@@ -466,6 +471,19 @@ def test_bad_input_to_sampling_gets_one_line(option, word, tiny, tmp_path, capsy
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     code = sample.main([str(tiny), f"--{option}".replace("FOLDER", str(tmp_path))])
     assert is_mistake(capsys, code, word)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1e-30", "1"])
+def test_a_model_that_has_diverged_is_said_to_have(temperature, tiny, capsys, monkeypatch):
+    assert sample.main([str(tiny), "--tokens=2", f"--temperature={temperature}"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(GPT, "logits", lambda self, x: torch.full((len(x), 600), math.inf))
+    assert is_mistake(capsys, sample.main([str(tiny), "--tokens=2", f"--temperature={temperature}"]), "diverged")
+
+
+def test_bytes_that_the_terminals_encoding_has_not_are_still_text(monkeypatch):
+    monkeypatch.setattr(sample.os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))  # as in LC_ALL=C
+    assert sample.text_of("caf\udcc3\udca9") == "café" and sample.text_of("naïve") == "naïve"
 
 
 @pytest.mark.parametrize("text", ["@property", "@", "@@ -1,3 +1,4 @@", "@a\n" * 200, "@~/no/such/file"])

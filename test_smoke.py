@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1177,10 +1178,36 @@ def test_a_log_that_somebody_shortened_is_gone_on_with_and_not_filled_with_zeros
     assert "\0" not in log.read_text() and [json.loads(line) for line in log.read_text().splitlines()]
 
 
+PROGRAM = """
+import errors, sys
+__file__ = "print.py"
+@errors.command
+def main(argv):
+    print("loss ±")
+    print("loss", end="")
+    print("done", file=sys.stderr)
+errors.run(main)
+"""
+OUTPUTS = {  # where output goes: the exit code, what stderr has
+    ">there": (0, "done\n"), "| true": (0, "done\n"), ">&-": (0, "done\n"), "2>&-": (0, ""), ">&- 2>&-": (0, ""),
+    ">/dev/full": (2, "print.py: [Errno 28] No space left on device\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("redirection", OUTPUTS)
+def test_a_command_says_where_it_cannot_write_to_and_outlives_its_readers(redirection, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    shell = f"set -o pipefail; {shlex.quote(sys.executable)} -c '{PROGRAM}' {redirection}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == OUTPUTS[redirection]
+    if redirection == ">there":
+        assert (tmp_path / "there").read_text() == "loss \\xb1\nloss"
+
+
 WANDB = """
 class UsageError(Exception): pass
 class Gone:
-    def log(self, *_, **__): raise OSError('gone')
+    def log(self, *_, **__): raise SystemExit('gone')
     finish = log
 def init(**_):
 """
