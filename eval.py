@@ -892,10 +892,13 @@ def run(args):
 
 def earlier_tasks(path, meta, fresh):
     """The tasks of a result file that is there already, none if `fresh`. EvalError if it is of another checkpoint or no
-    result file at all, which is never replaced; OSError if nothing can be written there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    result file at all, which is never replaced, or if nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise EvalError(f"nothing can be written to {path}: {error.strerror}; name another --out") from None
     if not path.exists():
         return {}
     try:

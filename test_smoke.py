@@ -1100,7 +1100,7 @@ MISTAKES = {
     "no part of a decay": (["--decay_part=[0.5, 0.2]"], "decay_part = [0.5, 0.2] is not two numbers"),
     "a config that does not exist": (["nowhere.py"], "there is no config file nowhere.py"),
     "more epochs than allowed": (["--epochs_max=0.01"], "epochs_max"),
-    "a batch that does not divide": (["--batch=500"], "batch = 500 tokens is not a multiple of block_size = 32"),
+    "a batch that does not divide": (["--batch=500"], "not a multiple of block_size = 32: write 512"),
     "a micro-batch that does not divide": (["--micro_batch=7"], "micro_batch = 7"),
     "heads that do not divide": (["--n_head=3"], "n_embd = 64 is not a multiple of n_head = 3"),
     "a source that is not there": (["--mix={'text': 1, 'poems': 1}"], "poems"),
@@ -1275,11 +1275,12 @@ def test_a_folder_with_things_in_it_is_never_filled_with_the_default_corpus(tmp_
         assert [p for p in folder.rglob("*") if p.is_file()] == [folder / at] and not (tmp_path / "out").exists()
 
 
-def test_sigterm_while_python_imports_is_a_stop_like_any_other(phases):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_python_imports_is_a_stop_like_any_other(number, phases):
     process = subprocess.Popen([sys.executable, "train.py", *phases()], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
 
 

@@ -164,7 +164,7 @@ class Config:
             raise ConfigError(f"mix = {self.mix!r} names no sources; for example {{'text': 0.5, 'code': 0.5}}")
         part = self.decay_part
         if len(part) != 2 or not all(type(n) in (int, float) for n in part) or not 0 <= part[0] < part[1] <= 1:
-            raise ConfigError(f"decay_part = {part!r} is not two numbers from 0 to 1, the smaller one first")
+            raise ConfigError(f"decay_part = {part!r} is not two numbers from 0 to 1, the smaller first: as [0.0, 0.5]")
         if unknown := sorted({*self.objective} - {*self.mix, "*"}):
             raise ConfigError(f"objective names {', '.join(unknown)}, but mix only {', '.join(self.mix)}")
         try:  # as text, each in one form, for logs and checkpoints
@@ -200,7 +200,7 @@ def check_phases(named):
         raise ConfigError("which phase? python train.py config/phase1.py [config/phase2.py ...] [--knob=value ...]")
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
-        raise ConfigError(f"two phases of one name would share a folder: {', '.join(names)}")
+        raise ConfigError(f"two phases of one name would share a folder: {', '.join(names)}; rename one")
     for name, cfg in named:
         for knob in RUN_KNOBS:
             if getattr(cfg, knob) != (first := getattr(named[0][1], knob)):
@@ -226,10 +226,14 @@ def phase_steps(name, cfg):
     """(steps, rows a step); ConfigError with the numbers if they do not fit."""
     steps, rows = round(cfg.share * cfg.budget / cfg.batch), cfg.batch // cfg.block_size
     if not rows or cfg.batch % cfg.block_size:
-        raise ConfigError(f"{name}: batch = {cfg.batch:,} tokens is not a multiple of block_size = {cfg.block_size:,}")
+        near = max(1, round(cfg.batch / cfg.block_size)) * cfg.block_size
+        raise ConfigError(
+            f"{name}: batch = {cfg.batch:,} tokens is not a multiple of block_size = {cfg.block_size:,}: write {near}"
+        )
     if not steps:
         raise ConfigError(
-            f"{name}: share {cfg.share} of budget {cfg.budget:,} is less than one batch of {cfg.batch:,} tokens"
+            f"{name}: share {cfg.share} of budget {cfg.budget:,} is less than one batch of {cfg.batch:,} tokens:"
+            " write a larger budget, or a smaller batch"
         )
     return steps, rows
 
