@@ -117,6 +117,11 @@ NO_CONFIG = {
     "a word of YAML": ("doc_mask = true\n", "no name true; write True"),
     "a text without quotation marks": ("mix = {text: 1}\n", "no name text; a text is written 'text'"),
     "a model of a billion layers": ("n_layer = 10**9\n", "n_layer"),
+    "a share without end": ("share = 1e300\n", "share = 1e.300 is more"),
+    "more tokens than there are numbers": ("share = budget = 2**40\n", "more tokens than can be counted"),
+    "a skip without end": ("skip = [(0, 10**30)]\n", "is not a list of"),
+    "a path that is none": ("eval_tasks = '\\0'\n", "eval_tasks = .* is no path"),
+    "an objective of a number": ("objective = {3: 'fim(1)'}\n", "objective names 3"),
     "a weight without end": ("mix = {'text': '1e999999999'}\n", "text"),
     "a knob that is a list": ("lr = [0.003]\n", "lr = .*a number such as"),
 }

@@ -139,6 +139,8 @@ class Config:
     def __post_init__(self):
         for name in ("out", "data", "init_from", "eval_tasks"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
+            if "\0" in getattr(self, name):
+                raise ConfigError(f"{name} = {getattr(self, name)!r} is no path")
         self.lr = self.lr or self.lr_peak
         self.batch = self.batch or BATCH.get(self.size, 0)
         choices = {
@@ -157,6 +159,8 @@ class Config:
         for name, value in vars(self).items():
             if type(value) in (int, float) and (value < 0 or (value == 0 and name in above_zero)):
                 raise ConfigError(f"{name} = {value} is not above 0")
+            if type(value) in (int, float) and value >= 2**62:
+                raise ConfigError(f"{name} = {value:.4g} is more than anything here can count")
         for name in ("beta1", "beta2"):
             if (value := getattr(self, name)) >= 1:
                 raise ConfigError(f"{name} = {value} is not below 1")
@@ -165,7 +169,7 @@ class Config:
         part = self.decay_part
         if len(part) != 2 or not all(type(n) in (int, float) for n in part) or not 0 <= part[0] < part[1] <= 1:
             raise ConfigError(f"decay_part = {part!r} is not two numbers from 0 to 1, the smaller first: as [0.0, 0.5]")
-        if unknown := sorted({*self.objective} - {*self.mix, "*"}):
+        if unknown := sorted(map(str, {*self.objective} - {*self.mix, "*"})):
             raise ConfigError(f"objective names {', '.join(unknown)}, but mix only {', '.join(self.mix)}")
         try:  # as text, each in one form, for logs and checkpoints
             self.objective = {name: str(infill.parse(some) or "causal") for name, some in self.objective.items()}
@@ -175,7 +179,7 @@ class Config:
             raise ConfigError("doc_mask keeps documents apart that an objective with level='row' joins: choose one")
         for pair in self.skip:
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)
-                    and 0 <= pair[0] < pair[1]):  # fmt: skip
+                    and 0 <= pair[0] < pair[1] < 2**62):  # fmt: skip
                 raise ConfigError(f"skip = {self.skip!r} is not a list of (first sample, sample after the last)")
 
     def objectives(self):
@@ -230,6 +234,8 @@ def phase_steps(name, cfg):
         raise ConfigError(
             f"{name}: batch = {cfg.batch:,} tokens is not a multiple of block_size = {cfg.block_size:,}: write {near}"
         )
+    if steps >= 2**62 // cfg.batch:
+        raise ConfigError(f"{name}: share {cfg.share} of budget {cfg.budget:,} is more tokens than can be counted")
     if not steps:
         raise ConfigError(
             f"{name}: share {cfg.share} of budget {cfg.budget:,} is less than one batch of {cfg.batch:,} tokens:"
@@ -833,6 +839,8 @@ def check_start(start, model, meta, sources, phase):
             raise MixError(f"{sources[name].name} is not the {name} that {folder} was trained on; give it another name")
     if start.inside:
         check_identity(state["mix"], phase.mix.identity(), state["sample"])
+        if [*map(len, state["sums"])] != [len(phase.mix.names)] * 2 or len(state["skips"]) != 2:
+            raise CheckpointError(f"{folder}/state.json: its sums and skips are not those of its sources")
         if state["sample"] != state["step"] * phase.rows:
             batch = state["config"]["batch"]
             raise CheckpointError(f"{folder} was made with batch = {batch:,}, which stays the same inside a phase")
