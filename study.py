@@ -45,6 +45,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
@@ -61,7 +62,7 @@ from errors import UserError
 from eval import ALGORITHM as EVALUATION
 from eval import bits_of, floor, load_results, mean, read_tasks
 from machine import find_device
-from mix import ALGORITHM, META, command_for
+from mix import ALGORITHM, META, command_for, quotas
 from model import GPT, PRESETS
 from plot import label, pyplot, save
 
@@ -120,9 +121,9 @@ def load_study(path):
             for name, value in runpy.run_path(str(path)).items()
             if not name.startswith("_") and not isinstance(value, ModuleType)
         }
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # whatever somebody's file does
+    except BaseException as error:  # whatever somebody's file does
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     if unknown := [name for name in found if name not in OWN and not callable(found[name])]:
         raise ConfigError(f"{path}: {unknown[0]} is none of {', '.join(OWN)}; begin names of your own with _")
@@ -186,13 +187,15 @@ def plan(study, knobs):
         dtype = str(find_device(cfg)[1]).removeprefix("torch.")  # auto is not the same on all machines
         all_knobs["dtype"] = dtype
         decides = {name: plain(value) for name, value in asdict(cfg).items() if name not in WITHOUT_EFFECT}
-        decides |= {"dtype": dtype, "mix": {name: float(weight) for name, weight in cfg.mix.items()}}
+        quotas(cfg.mix)  # MixError, where a weight is no number
+        weights = {name: float(Fraction(str(weight))) for name, weight in cfg.mix.items()}
+        decides |= {"dtype": dtype, "mix": weights}
         data = {name: contents(Path(cfg.data) / name) for name in cfg.mix}
         key = digest([ALGORITHM, parent and parent.key, Path(path).stem, decides, data])
         if key not in made:
             steps, _ = train.phase_steps(path, cfg)
             tokens, alike = steps * cfg.batch, {k: v for k, v in decides.items() if k not in ("mix", "seed")}
-            mix = tuple(plain(cfg.mix).items())
+            mix = tuple((name, weights[name] if isinstance(one, str) else one) for name, one in cfg.mix.items())
             vocabulary = prepared(Path(cfg.data) / next(iter(cfg.mix)))["tokenizer"]["vocab_size"]
             made[key] = Run(
                 key, path, tuple(all_knobs.items()), parent, steps, mix, digest(alike), cfg.data, tokens,

@@ -412,6 +412,8 @@ def test_a_mixture_is_found_where_the_truth_is_known(tmp_path, capsys):
         ("picture = 'p.png'\n", [], "picture is a function"),
         ("seeds = ('1', '2')\n", [], "list of different numbers"),
         ("exit()\n", [], "tiny.py: SystemExit"),
+        ("class Odd(BaseException): pass\nraise Odd('x')\n", [], "tiny.py: Odd: x"),
+        ("variants['both'][0] = ('a.py', {'mix': {'text': 'much'}})\n", [], "a weight is not a number"),
         ("variants = {\n", [], "SyntaxError"),
         ("", ["--data=nowhere"], "nowhere/text is not prepared"),
         ("", ["--lr"], "lr"),
