@@ -59,6 +59,14 @@ def test_a_reader_that_goes_away_ends_no_work(tmp_path):
     assert shut.wait() == 0 and (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize("lines", ["1", "100000"])
+def test_a_full_disk_behind_the_output_is_said_once(lines, tmp_path):
+    with open("/dev/full", "wb") as full:
+        process = start(tmp_path, lines, "line", stdout=full, stderr=subprocess.PIPE)
+        err = process.communicate()[1]
+    assert process.returncode == 2 and err == b"command.py: [Errno 28] No space left on device\n"
+
+
 ENDS = {
     "a mistake": (errors.UserError("line 1\n  line 2\n"), 2, "test_errors.py: line 1; line 2\n"),
     "the operating system's": (FileNotFoundError(2, "None", "x"), 2, "test_errors.py: [Errno 2] None: 'x'\n"),

@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -1178,30 +1177,17 @@ def test_a_log_that_somebody_shortened_is_gone_on_with_and_not_filled_with_zeros
     assert "\0" not in log.read_text() and [json.loads(line) for line in log.read_text().splitlines()]
 
 
-PROGRAM = """
-import errors, sys
-__file__ = "print.py"
-@errors.command
-def main(argv):
-    print("loss ±")
-    print("loss", end="")
-    print("done", file=sys.stderr)
-errors.run(main)
-"""
-OUTPUTS = {  # where output goes: the exit code, what stderr has
-    ">there": (0, "done\n"), "| true": (0, "done\n"), ">&-": (0, "done\n"), "2>&-": (0, ""), ">&- 2>&-": (0, ""),
-    ">/dev/full": (2, "print.py: [Errno 28] No space left on device\n"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("redirection", OUTPUTS)
-def test_a_command_says_where_it_cannot_write_to_and_outlives_its_readers(redirection, tmp_path):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    shell = f"set -o pipefail; {shlex.quote(sys.executable)} -c '{PROGRAM}' {redirection}"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == OUTPUTS[redirection]
-    if redirection == ">there":
-        assert (tmp_path / "there").read_text() == "loss \\xb1\nloss"
+@pytest.mark.parametrize("wrong", [{"sums": [[1.0]]}, {"sums": []}, {"skips": [0]}, {"skips": [0, "1"]}])
+def test_a_state_that_does_not_fit_its_sources_is_refused(wrong, phases, tmp_path, capsys):
+    assert train.main(phases("a", budget=2 * 512, share=1.0)) == 0
+    step = checkpoint.find(tmp_path / "out/a")
+    files.write_json(step / "state.json", files.read_json(step / "state.json") | wrong)
+    digests = files.read_json(step / checkpoint.MARKER) | {"state.json": checkpoint.sha256(step / "state.json")}
+    files.write_json(step / checkpoint.MARKER, digests)
+    capsys.readouterr()
+    assert train.main(phases("a", budget=4 * 512, share=1.0)) == 2
+    err = capsys.readouterr().err
+    assert "state.json" in err and err.count("\n") == 1
 
 
 WANDB = """
