@@ -305,8 +305,9 @@ def check_corpus(out, sources):
 def check_default(out):
     """UserError if a folder holds anything that prepare.py did not write: it is not filled with the default corpus."""
     out = Path(out)
-    if os.path.lexists(out) and not out.is_dir():
-        raise UserError(f"{out} is no folder; use another --out")
+    nearest = next(path for path in (out, *out.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is no folder; use another --out")
     for path in sorted(out.iterdir()) if out.is_dir() else []:
         if path.name[0] == "." or path.name == "corpus":
             continue

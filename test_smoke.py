@@ -1259,6 +1259,10 @@ def test_a_folder_with_things_in_it_is_never_filled_with_the_default_corpus(tmp_
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and at.split("/")[-1] in err
         assert [p for p in folder.rglob("*") if p.is_file()] == [folder / at] and not (tmp_path / "out").exists()
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in (__file__, f"{__file__}/data", tmp_path / "link/data"):
+        assert train.main(["config/phase1.py", f"--data={folder}", f"--out={tmp_path / 'out'}"]) == 2
+        assert "is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
