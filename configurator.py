@@ -182,8 +182,8 @@ class ConfigFile(dict):
             file = path.with_name(f"{path.name}.py")
             alone = level or "." in name or folder in (beside, HERE)  # random.py in a folder above is not meant
             if alone and file.is_file():
-                program = folder == HERE and (HERE / name.split(".")[0] / "__init__.py").exists()
-                return None if program or str(file) in modules else file
+                package = folder == HERE and (HERE / name.split(".")[0] / "__init__.py").exists()
+                return None if package or (file.parent == HERE and str(file) in modules) else file
             if parts and all((path / f"{part}.py").is_file() for part in parts):
                 return path
         return None

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +85,12 @@ def test_a_config_means_the_same_from_every_folder(case, tmp_path, monkeypatch):
     for folder in (tmp_path, ROOT, ROOT / "config"):
         monkeypatch.chdir(folder)
         assert getattr(read(mine / "half.py", "--lr_peak=0.012"), knob) == value
+
+
+def test_a_config_that_python_has_imported_by_itself_is_still_a_config(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "config.phase1", SimpleNamespace(__file__=str(ROOT / "config/phase1.py"), lr=9.0))
+    (tmp_path / "half.py").write_text("from config.phase1 import *\n")
+    assert read(tmp_path / "half.py", "--lr_peak=0.012").lr_end == pytest.approx(0.7319 * 0.012)
 
 
 def test_a_config_imports_modules_as_python_does_and_never_itself(tmp_path):
