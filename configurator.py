@@ -50,6 +50,8 @@ def coerce(name, value, kind):
             value = list(value)
     except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
         pass
+    if type(value) is int and abs(value) >= 2**62:  # which Python may not even spell
+        raise ConfigError(f"{name} is beyond 2**62, more than anything here can count")
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         example = EXAMPLES.get(name, EXAMPLES[kind])
         raise ConfigError(f"{name} = {given!r:.200} is not of type {kind.__name__}: write {example}")

@@ -159,7 +159,7 @@ class Config:
         for name, value in vars(self).items():
             if type(value) in (int, float) and (value < 0 or (value == 0 and name in above_zero)):
                 raise ConfigError(f"{name} = {value} is not above 0")
-            if type(value) in (int, float) and value >= 2**62:
+            if type(value) is float and value >= 2**62:
                 raise ConfigError(f"{name} = {value:.4g} is more than anything here can count")
         for name in ("beta1", "beta2"):
             if (value := getattr(self, name)) >= 1:
