@@ -56,11 +56,6 @@ def for_all(message):
     return error
 
 
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -84,12 +79,12 @@ def save(root, step, tensors, state, keep, group=None):
                 raise CheckpointError(f"{root} is not the same folder for all processes; --out must be a shared one")
         dcp.save(tensors, storage_writer=Writer(temporary), process_group=group, no_dist=not dist.is_initialized())
         with together(group):
-            digests = {path.name: sha256(path) for path in temporary.glob(f"__{rank()}_{TENSORS}")}
+            digests = {path.name: files.sha256(path) for path in temporary.glob(f"__{rank()}_{TENSORS}")}
         digests = {name: digest for one in gather(digests, group) for name, digest in one.items()}
         with together(group):
             if first:
                 files.write_json(temporary / "state.json", state)
-                digests |= {name: sha256(temporary / name) for name in (".metadata", "state.json")}
+                digests |= {name: files.sha256(temporary / name) for name in (".metadata", "state.json")}
                 files.write_json(temporary / MARKER, digests)
                 publish(temporary, final)
                 others = [folder for folder in complete(root) if folder != final]
@@ -220,7 +215,7 @@ def damage(folder):
             if Path(name).name != name or not (folder / name).is_file():
                 return f"{name} is missing"
         with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
-            for name, digest in zip(names, pool.map(sha256, [folder / name for name in names]), strict=True):
+            for name, digest in zip(names, pool.map(files.sha256, [folder / name for name in names]), strict=True):
                 if digest != expected[name]:
                     return f"{name} is not what was written (sha256 differs)"
     except (OSError, ValueError, TypeError) as error:

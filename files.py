@@ -7,6 +7,7 @@ this project did not write itself.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -28,6 +29,12 @@ def sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256(path):
+    """Of all that is in a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path, content):

@@ -254,7 +254,7 @@ def find_shards(folder, split):
         if found.st_mtime_ns > record.stat().st_mtime_ns:
             newer.append((path, sha256))
     with ThreadPoolExecutor(8) as pool:  # hashing lets other threads run
-        for (path, sha256), content in zip(newer, pool.map(whole_sha256, [path for path, _ in newer]), strict=True):
+        for (path, sha256), content in zip(newer, pool.map(files.sha256, [path for path, _ in newer]), strict=True):
             if content != sha256:
                 raise MixError(f"{path}: not what was prepared (sha256 differs from meta.json's); {make} --fresh")
     return meta, shards
@@ -283,11 +283,6 @@ def bare_file(path):
 def open_files():
     """Files that all sources together may keep open: half of what the system grants this process."""
     return min(1024, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
-
-
-def whole_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sampled_sha256(path, size, blocks=16, length=4096):

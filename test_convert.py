@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import checkpoint
 import convert
 import eval as evaluation
+import files
 import sample
 import tokenizer
 import train
@@ -650,7 +651,7 @@ def rewritten(folder, **entries):
     content["model"] |= entries.pop("model", {})
     state.write_text(json.dumps(content | entries))
     marker = state.with_name(checkpoint.MARKER)
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state.json": checkpoint.sha256(state)}))
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state.json": files.sha256(state)}))
 
 
 @pytest.mark.parametrize(

@@ -1052,7 +1052,7 @@ def test_a_checkpoint_cannot_run_code(where, tmp_path):
         blob[info.offset : info.offset + len(payload)] = payload
         shard.write_bytes(blob)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    digests = {path.name: checkpoint.sha256(path) for path in folder.iterdir() if path.name != "complete.json"}
+    digests = {path.name: files.sha256(path) for path in folder.iterdir() if path.name != "complete.json"}
     (folder / "complete.json").write_text(json.dumps(digests))
     x = {"model": {"x": torch.zeros(3)}}
     with pytest.raises(checkpoint.CheckpointError):
@@ -1182,7 +1182,7 @@ def test_a_state_that_does_not_fit_its_sources_is_refused(wrong, phases, tmp_pat
     assert train.main(phases("a", budget=2 * 512, share=1.0)) == 0
     step = checkpoint.find(tmp_path / "out/a")
     files.write_json(step / "state.json", files.read_json(step / "state.json") | wrong)
-    digests = files.read_json(step / checkpoint.MARKER) | {"state.json": checkpoint.sha256(step / "state.json")}
+    digests = files.read_json(step / checkpoint.MARKER) | {"state.json": files.sha256(step / "state.json")}
     files.write_json(step / checkpoint.MARKER, digests)
     capsys.readouterr()
     assert train.main(phases("a", budget=4 * 512, share=1.0)) == 2

@@ -1271,7 +1271,8 @@ def count_ids(cfg, meta, sources):
         raise ConfigError(f"{cfg.data}/ names no tokenizer and has id {largest:,}; say --vocab_size={largest + 1}")
     for source in sources.values():
         source.ids = ids  # from now on a larger one is refused wherever it is met
-        source.rows(100)
+        if not source.meta:
+            source.rows(100)  # the usual mistake shows at once
     return ids
 
 
