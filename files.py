@@ -1,7 +1,6 @@
 """Files and folders that are whole or absent, JSON that everybody can read, and locks.
 
-What is made appears under its name when it is complete and on the disk. Nothing is ever written over or removed that
-this project did not write itself.
+What is made appears under its name when it is complete and on the disk, and nothing half-made stays behind.
 """
 
 import contextlib
